@@ -1,0 +1,522 @@
+"""A decoder-only transformer (GPT) of today's kind, small enough to read in one sitting.
+
+A GPT maps token ids to a score for every possible next token. The default is the 27M-parameter
+model that `06_train.py` trains; `PRESETS` holds smaller ones for machines without a GPU.
+
+The equations, per layer and per position t:
+
+    RMSNorm     n(x)  = g * x / sqrt(mean(x^2) + eps)
+    attention   q, k, v = split(W_qkv n(x))                  queries, keys, values
+                q, k  = R_t n(q), R_t n(k)                   QK-norm, then rotation by position
+                p_s   = softmax_{s <= t}(q_t . k_s / sqrt(D))
+                x     = x + W_out sum_s p_s v_s
+    SwiGLU      gate, up = split(W_gate_up n(x));   x = x + W_down(silu(gate) * up)
+    RoPE        R_t turns the pair (x_i, x_{i+D/2}) by the angle t * theta^(-2i/D), so that
+                (R_t q) . (R_s k) depends on q, k and the distance t - s only
+    head        logits = E n(x)                              E is the embedding table (tied)
+
+Letters used below: B batch rows, T positions, S positions in the cache and the input together,
+C = d_model, H query heads, G = n_kv_head key/value heads (H/G queries share one: GQA), D = C/H,
+M = d_mlp, V vocabulary.
+
+Start: output projections (W_out, W_down) begin at zero, so the first forward pass is the
+embedding followed by the head. With tied weights such a model echoes its input: the logit of the
+input token is sqrt(C) * |E_i|, about C * std. At std 0.02 and C 512 that is 10, and the first
+loss is 10.4 instead of ln V = 8.3; `EMBEDDING_STD` 0.005 makes it ln V to within 0.01.
+
+Sources: Vaswani et al. 2017 (arXiv 1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
+RoPE: Su et al. 2021 (2104.09864), in the half-split form of GPT-NeoX and Llama; SwiGLU: Shazeer
+2020 (2002.05202); GQA: Ainslie et al. 2023 (2305.13245); QK-norm: Henry et al. 2020 (2010.04245),
+in Qwen3's form (per head, with gain, before the rotation); tied embeddings: Press & Wolf 2017
+(1608.05859); top-p: Holtzman et al. 2020 (1904.09751); min-p: Nguyen et al. 2024 (2407.01082).
+
+Run: `python 03_gpt.py` (CPU, @SECONDS@ on 2 cores of an AMD EPYC (Zen 3)) prints
+
+@OUTPUT@
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHT_STD = 0.02  # GPT-2
+EMBEDDING_STD = 0.005  # see "Start" above
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 4096  # V
+    seq_len: int = 512  # longest context in tokens
+    n_layer: int = 8
+    n_head: int = 4  # H query heads of D = d_model / n_head each
+    n_kv_head: int = 2  # G key/value heads; G = H is multi-head, G = 1 multi-query attention
+    d_model: int = 512  # C
+    d_mlp: int = 1536  # M; a multiple of 128 keeps matrix products aligned
+    rope_theta: float = 10_000.0  # RoPE base, 1e4: Su et al.
+    qk_norm: bool = True  # True: Qwen3's layout, False: Llama's
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "d_model", "d_mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(
+                f"d_model={self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}, "
+                "because RoPE turns pairs of each head's channels"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+
+PRESETS = {
+    "27m": GPTConfig(),
+    "8m": GPTConfig(n_layer=6, n_head=4, n_kv_head=2, d_model=320, d_mlp=896),
+    "1m": GPTConfig(
+        vocab_size=1024, seq_len=256, n_layer=4, n_head=4, n_kv_head=2, d_model=128, d_mlp=384
+    ),
+}
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """The number of trainable numbers in the model; the tied embedding counts once."""
+    c, kv_width = config.d_model, config.n_kv_head * config.head_dim
+    attention = c * (c + 2 * kv_width) + c * c
+    mlp = 3 * c * config.d_mlp
+    gains = 2 * c + (2 * config.head_dim if config.qk_norm else 0)
+    return config.vocab_size * c + config.n_layer * (attention + mlp + gains) + c
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Floating-point operations of forward and backward, per trained token at full context.
+
+    6 per weight that takes part in a matrix product (2 forward, 4 backward; the tied table counts
+    as the head) and 12 * n_layer * seq_len * d_model for attention scores and mixing, counted
+    without the causal half as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    c, kv_width = config.d_model, config.n_kv_head * config.head_dim
+    per_layer = c * (c + 2 * kv_width) + c * c + 3 * c * config.d_mlp
+    matrices = config.n_layer * per_layer + config.vocab_size * c
+    return 6 * matrices + 12 * config.n_layer * config.seq_len * c
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last axis, times gain.
+
+    Args: x (..., C), gain (C,). Half-precision input is normalised in float32 and cast back.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+    return (wide * rstd * gain).to(x.dtype)
+
+
+def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle t * theta^(-2i/D): two float32 tensors (seq_len, D/2)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (D/2,)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # radians
+    return angle.cos().float(), angle.sin().float()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x_i, x_{i+D/2}) of every head turned by its position's angle.
+
+    Args: x (B, T, H, D); cos, sin (T, D/2), the table's rows for these T positions.
+    """
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # (T, 1, D/2)
+    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> Tensor:
+    """Causal attention: position t of q sees the keys up to its own place.
+
+    The T queries are the last T of the S positions that k and v hold, so that a cache only makes
+    S larger.
+
+    Args:
+        q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
+        implementation: "reference" writes the maths out; "auto" is torch's fused kernel, which
+            never holds the (T, S) scores.
+    Returns: (B, T, H, D).
+    """
+    T, H, D = q.shape[1:]
+    S, G = k.shape[1:3]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, D)
+    visible = None
+    if 1 < T < S or implementation == "reference":
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if implementation == "auto":
+        causal = visible is None and T > 1  # a single query is the last one: it sees everything
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=H > G)
+    elif implementation == "reference":
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))  # (B, H, S, D)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
+        y = scores.masked_fill(~visible, -math.inf).softmax(-1) @ v  # (B, H, T, D)
+    else:
+        raise ValueError(f"implementation={implementation!r} must be 'auto' or 'reference'")
+    return y.transpose(1, 2)  # (B, T, H, D)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the positions already seen, so that each new token costs one position."""
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor):
+        shape = (config.n_layer, 2, batch, capacity, config.n_kv_head, config.head_dim)
+        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0  # positions filled in every layer
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, T, G, D) behind what the layer holds; returns all of it, (B, S, G, D)."""
+        end = self.length + k.shape[1]
+        self.store[layer, 0, :, self.length : end] = k
+        self.store[layer, 1, :, self.length : end] = v
+        return self.store[layer, 0, :, :end], self.store[layer, 1, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        c, d = config.d_model, config.head_dim
+        # one product for all three: rows are H query heads, then G key heads, then G value heads
+        self.qkv = nn.Linear(c, (config.n_head + 2 * config.n_kv_head) * d, bias=False)
+        self.out = nn.Linear(c, c, bias=False)
+        self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        H, G = self.config.n_head, self.config.n_kv_head
+        qkv = self.qkv(x).unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
+        q, k, v = qkv.split((H, G, G), dim=2)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
+        q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, S, G, D)
+        return self.out(attention(q, k, v).flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: a gated layer, silu(gate) * up, between two projections."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_mlp, bias=False)  # rows: gate, up
+        self.down = nn.Linear(config.d_mlp, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, M) each
+        return self.down(F.silu(gate) * up)  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def next_token_probabilities(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """The distribution that `generate` samples from: (..., V) float32, each row sums to 1.
+
+    Applied in this order, each to what the one before left, renormalised:
+        temperature: softmax(logits / temperature); 0 puts all mass on the largest logit.
+        top_k: the k most likely tokens.
+        top_p: the fewest most likely tokens whose mass reaches p.
+        min_p: the tokens at least min_p times as likely as the most likely one.
+    Raises: ValueError for a value outside its range.
+    """
+    for name, value, good, wanted in (
+        ("temperature", temperature, temperature >= 0, ">= 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "None or >= 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or in (0, 1]"),
+        ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "None or in [0, 1]"),
+    ):
+        if not good:
+            raise ValueError(f"{name}={value} must be {wanted}")
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    p = torch.softmax(logits / temperature, dim=-1)
+    p, token = p.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        p[..., top_k:] = 0
+    if top_p is not None:
+        mass_before = p.cumsum(-1) - p  # (..., V) mass of the tokens more likely than this one
+        p = p.masked_fill(mass_before >= top_p * p.sum(-1, keepdim=True), 0)
+    if min_p is not None:
+        p = p.masked_fill(p < min_p * p[..., :1], 0)
+    p = p / p.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, token, p)  # back into vocabulary order
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig = GPTConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # E, also the head
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.qkv.weight, std=WEIGHT_STD)
+            nn.init.normal_(block.mlp.gate_up.weight, std=WEIGHT_STD)
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last hidden state, normalised, before the head: (B, T, C) for ids (B, T) int64.
+
+        With a cache the ids continue what it holds, and it is extended by them.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        if end > self.config.seq_len:
+            raise ValueError(
+                f"{end} positions do not fit into seq_len={self.config.seq_len}; "
+                "shorten the input or build the model with a larger seq_len"
+            )
+        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D/2)
+        x = self.embedding(ids)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length = end
+        return self.norm(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits (B, T, V) for ids (B, T) int64."""
+        return F.linear(self.hidden(ids, cache), self.embedding.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """ids (B, T) continued by up to max_new_tokens sampled tokens each: (B, T + new) int64.
+
+        Args:
+            temperature, top_k, top_p, min_p: see `next_token_probabilities`.
+            generator: source of randomness on ids' device; None: torch's default.
+            stop: token that ends a row; the row is filled up with it, and generation ends early
+                when every row has ended.
+        Raises: ValueError when T + max_new_tokens exceeds seq_len, or ids is empty.
+        """
+        B, T = ids.shape
+        if T < 1:
+            raise ValueError("ids has no tokens; start from at least one, e.g. the end-of-text id")
+        if T + max_new_tokens > self.config.seq_len:
+            raise ValueError(
+                f"{T} given + {max_new_tokens} new tokens exceed seq_len={self.config.seq_len}; "
+                f"max_new_tokens can be at most {self.config.seq_len - T}"
+            )
+        cache = KVCache(self.config, B, T + max_new_tokens, like=self.embedding.weight)
+        ended = torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
+        new = ids
+        for _ in range(max_new_tokens):
+            logits = F.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)  # (B, V)
+            p = next_token_probabilities(logits, temperature, top_k, top_p, min_p)
+            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+            if stop is not None:
+                new = new.masked_fill(ended, stop)
+                ended |= new == stop
+            ids = torch.cat((ids, new), dim=1)
+            if ended.all():
+                break
+        return ids
+
+
+# Interchange with Hugging Face transformers: Llama's layout, or Qwen3's when there is QK-norm.
+
+HUGGINGFACE_FIELDS = {
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_model": "hidden_size",
+    "d_mlp": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def huggingface_layout(config: GPTConfig) -> dict[str, dict[str, int]]:
+    """For each tensor of ours the names of theirs that, stacked by rows, make it, with rows."""
+    c, m, kv_width = config.d_model, config.d_mlp, config.n_kv_head * config.head_dim
+    layout = {"embedding": {"embed_tokens": config.vocab_size}, "norm": {"norm": c}}
+    for i in range(config.n_layer):
+        theirs, ours = f"layers.{i}", f"blocks.{i}"
+        attention = f"{theirs}.self_attn"
+        layout |= {
+            f"{ours}.attention_norm": {f"{theirs}.input_layernorm": c},
+            f"{ours}.attention.qkv": {
+                f"{attention}.q_proj": c,
+                f"{attention}.k_proj": kv_width,
+                f"{attention}.v_proj": kv_width,
+            },
+            f"{ours}.attention.out": {f"{attention}.o_proj": c},
+            f"{ours}.mlp_norm": {f"{theirs}.post_attention_layernorm": c},
+            f"{ours}.mlp.gate_up": {f"{theirs}.mlp.gate_proj": m, f"{theirs}.mlp.up_proj": m},
+            f"{ours}.mlp.down": {f"{theirs}.mlp.down_proj": c},
+        }
+        if config.qk_norm:
+            layout[f"{ours}.attention.q_norm"] = {f"{attention}.q_norm": config.head_dim}
+            layout[f"{ours}.attention.k_norm"] = {f"{attention}.k_norm": config.head_dim}
+    return {
+        f"{ours}.weight": {f"model.{name}.weight": rows for name, rows in parts.items()}
+        for ours, parts in layout.items()
+    }
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("this needs the safetensors package: pip install safetensors") from error
+    return safetensors.torch
+
+
+def to_huggingface(model: GPT, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors, which `AutoModelForCausalLM` loads."""
+    config, state, tensors = model.config, model.state_dict(), {}
+    for ours, parts in huggingface_layout(config).items():
+        rows = state[ours].split(list(parts.values()))
+        tensors |= {name: part.clone() for name, part in zip(parts, rows)}
+    described = {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+    described |= {theirs: getattr(config, ours) for ours, theirs in HUGGINGFACE_FIELDS.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    import_safetensors().save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def from_huggingface(folder: str | Path) -> GPT:
+    """The model in a folder that `to_huggingface` wrote, or in another tied Llama's or Qwen3's.
+
+    Raises: ValueError when the folder's model is of a kind that this file does not implement.
+    """
+    folder = Path(folder)
+    described = json.loads((folder / "config.json").read_text())
+    described |= described.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
+    kind, tied = described.get("model_type"), described.get("tie_word_embeddings")
+    if kind not in ("llama", "qwen3") or not tied or described.get("rope_scaling"):
+        raise ValueError(
+            f"{folder}: model_type={kind!r}, tie_word_embeddings={tied}, rope_scaling="
+            f"{described.get('rope_scaling')}; wanted 'llama' or 'qwen3', tied, no scaling"
+        )
+    fields = {ours: described.get(theirs) for ours, theirs in HUGGINGFACE_FIELDS.items()}
+    head_dim = fields.pop("head_dim")
+    config = GPTConfig(**fields, qk_norm=kind == "qwen3")
+    if head_dim not in (None, config.head_dim):
+        raise ValueError(f"{folder}: head_dim={head_dim}; wanted d_model/n_head={config.head_dim}")
+    tensors = import_safetensors().load_file(folder / "model.safetensors")
+    model = GPT(config)
+    model.load_state_dict(
+        {
+            ours: torch.cat([tensors[name] for name in parts])
+            for ours, parts in huggingface_layout(config).items()
+        }
+    )
+    return model
+
+
+def demo() -> None:
+    torch.manual_seed(0)
+    print("preset      parameters   MFLOP/token   loss at step 0        ln V")
+    for name, config in PRESETS.items():
+        model = GPT(config)
+        ids = torch.randint(config.vocab_size, (2, config.seq_len + 1))
+        with torch.no_grad():
+            loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        print(
+            f"{name:8s} {parameter_count(config):13,d} {flops_per_token(config) / 1e6:13.1f} "
+            f"{loss:16.4f} {math.log(config.vocab_size):11.4f}"
+        )
+        assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+        assert abs(loss - math.log(config.vocab_size)) < 0.02, "a fresh model should know nothing"
+
+    # one repeated row is learned by heart, which shows that gradients reach what they must
+    model, ids = GPT(PRESETS["1m"]), torch.randint(1024, (1, 65))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(121):
+        loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 40 == 0:
+            print(f"memorising one row of 64 tokens: step {step:3d}, loss {loss:.4f} nats/token")
+
+    with torch.no_grad():
+        changed = ids.clone()
+        changed[0, 40:] = torch.randint(1024, (25,))
+        leak = (model(ids)[:, :40] - model(changed)[:, :40]).abs().max()
+        print(f"changing tokens 40..64 moves the logits of 0..39 by at most {leak:.1e}")
+
+        greedy = model.generate(ids[:, :1], 64, temperature=0)
+        start = time.perf_counter()
+        long = model.generate(ids[:, :1], 200, temperature=0)
+        cached = time.perf_counter() - start
+        start = time.perf_counter()
+        slow = ids[:, :1]
+        for _ in range(200):
+            slow = torch.cat((slow, model(slow)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        full = time.perf_counter() - start
+    print(f"200 tokens: {cached:.2f} s with the KV cache, {full:.2f} s recomputing everything")
+    assert leak == 0 and torch.equal(long, slow) and torch.equal(greedy, ids)
+    print("ok: causal, the cache changes nothing, and the row is recited from its first token")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,435 @@
+"""Tests of 03_gpt.py: against transformers and torch, by closed form, and by property.
+
+Run: python -m pytest tests/test_03_gpt.py
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+gpt = importlib.import_module("03_gpt")
+
+SMALL = gpt.GPTConfig(
+    vocab_size=97, seq_len=48, n_layer=3, n_head=4, n_kv_head=2, d_model=64, d_mlp=96
+)
+
+
+def scrambled(config, seed=0):
+    """A model in which every parameter matters: no zero projections, no gains of one."""
+    torch.manual_seed(seed)
+    model = gpt.GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.15 + (1.0 if p.ndim == 1 else 0.0))
+    return model.eval()
+
+
+def random_ids(config, batch, length, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=g)
+
+
+# against independent implementations
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_model_matches_transformers(tmp_path, qk_norm, kv_heads):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm, n_kv_head=kv_heads, rope_theta=500.0)
+    model = scrambled(config)
+    gpt.to_huggingface(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    ids = random_ids(config, 2, 48)
+    with torch.no_grad():
+        ours, wanted = model(ids), theirs(ids).logits
+    assert wanted.std() > 0.5  # the comparison means something
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
+
+
+def test_gradients_match_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = scrambled(SMALL)
+    gpt.to_huggingface(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = random_ids(SMALL, 2, 33)
+    for m, logits in ((model, model(ids)), (theirs, theirs(ids).logits)):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        assert m is model or m.model.embed_tokens.weight.grad is not None
+    ours = model.embedding.weight.grad
+    torch.testing.assert_close(ours, theirs.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-4)
+    layer = theirs.model.layers[0]
+    q = model.blocks[0].attention.qkv.weight.grad[:64]
+    torch.testing.assert_close(q, layer.self_attn.q_proj.weight.grad, atol=1e-5, rtol=1e-4)
+    down = model.blocks[0].mlp.down.weight.grad
+    torch.testing.assert_close(down, layer.mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_from_huggingface_restores_the_model(tmp_path):
+    model = scrambled(SMALL)
+    gpt.to_huggingface(model, tmp_path)
+    back = gpt.from_huggingface(tmp_path)
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+
+
+def test_from_huggingface_reads_what_transformers_saved(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt.to_huggingface(scrambled(SMALL), tmp_path / "a")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "b")
+    ids = random_ids(SMALL, 1, 20)
+    with torch.no_grad():
+        ours, wanted = gpt.from_huggingface(tmp_path / "b")(ids), theirs(ids).logits
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
+
+
+def test_from_huggingface_names_what_it_cannot_load(tmp_path):
+    gpt.to_huggingface(scrambled(SMALL), tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    for change in (
+        {"model_type": "gpt2"},
+        {"tie_word_embeddings": False},
+        {"head_dim": 8},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(described | change))
+        with pytest.raises(ValueError, match="wanted"):
+            gpt.from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 64)])
+def test_rms_norm_matches_torch(dtype, bound, shape):
+    x = (torch.randn(*shape, 33, dtype=dtype) * 3).requires_grad_()
+    gain = torch.randn(33, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(*shape, 33, dtype=dtype)
+    ours = gpt.rms_norm(x, gain, 1e-6)
+    wanted = F.rms_norm(x, (33,), gain, 1e-6)
+    torch.testing.assert_close(ours, wanted, atol=bound, rtol=bound)
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, gain), upstream),
+        torch.autograd.grad(wanted, (x, gain), upstream),
+    ):
+        torch.testing.assert_close(a, b, atol=bound, rtol=bound)
+
+
+def test_rms_norm_of_bfloat16_is_the_rounded_float32_result():
+    x = torch.randn(64, 128).bfloat16()
+    wanted = gpt.rms_norm(x.float(), torch.ones(128), 1e-6)
+    ours = gpt.rms_norm(x, torch.ones(128), 1e-6)
+    assert torch.equal(ours, wanted.bfloat16())
+
+
+def attention_by_loops(q, k, v):
+    """Softmax attention in float64, one query at a time, straight from the definition."""
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                g = h * G // H
+                seen = S - T + t + 1
+                scores = k[b, :seen, g] @ q[b, t, h] / math.sqrt(D)
+                weights = (scores - scores.max()).exp()
+                out[b, t, h] = (weights / weights.sum()) @ v[b, :seen, g]
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("T, S, H, G", [(1, 1, 2, 2), (7, 7, 4, 2), (5, 9, 4, 1), (1, 6, 2, 2)])
+def test_attention_matches_its_definition(implementation, T, S, H, G):
+    q = torch.randn(2, T, H, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, S, G, 8, dtype=torch.float64).unbind()
+    ours = gpt.attention(q, k, v, implementation)
+    torch.testing.assert_close(ours, attention_by_loops(q, k, v), atol=1e-10, rtol=1e-10)
+
+
+def test_attention_gradients_match_their_finite_differences():
+    q = torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 6, 1, 6, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(1, 6, 1, 6, dtype=torch.float64, requires_grad=True)
+    for implementation in ("auto", "reference"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, i=implementation: gpt.attention(q, k, v, i), (q, k, v)
+        )
+
+
+def test_attention_names_a_wrong_implementation():
+    q = torch.randn(1, 4, 2, 6)
+    with pytest.raises(ValueError, match="'fast'"):
+        gpt.attention(q, q, q, "fast")
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_swiglu_matches_its_definition(dtype, bound):
+    mlp = scrambled(SMALL).blocks[0].mlp.to(dtype)
+    x = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True)
+    gate_weight, up_weight = mlp.gate_up.weight[:96], mlp.gate_up.weight[96:]
+    gate = x @ gate_weight.T
+    wanted = (gate / (1 + torch.exp(-gate)) * (x @ up_weight.T)) @ mlp.down.weight.T
+    ours = mlp(x)
+    scale = wanted.abs().max().item()  # the bound is relative to the largest output
+    torch.testing.assert_close(ours, wanted, atol=bound * scale, rtol=bound)
+    (a,), (b,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (ours, wanted))
+    torch.testing.assert_close(a, b, atol=bound * b.abs().max().item(), rtol=bound)
+
+
+# rotation
+
+
+@settings(max_examples=50, deadline=None)
+@given(t=st.integers(0, 60), s=st.integers(0, 60), shift=st.integers(1, 60))
+def test_rope_depends_only_on_distance(t, s, shift):
+    cos, sin = (x.double() for x in gpt.rope_table(128, 16, 10_000.0))
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind()
+
+    def score(t, s):
+        at_t = gpt.rope(q, cos[t : t + 1], sin[t : t + 1])
+        return (at_t * gpt.rope(k, cos[s : s + 1], sin[s : s + 1])).sum()
+
+    # the table is float32: an angle's cosine is right to 6e-8
+    torch.testing.assert_close(score(t, s), score(t + shift, s + shift), atol=1e-5, rtol=1e-5)
+
+
+def test_rope_is_a_rotation_by_complex_numbers():
+    x = torch.randn(2, 9, 3, 10, dtype=torch.float64)
+    cos, sin = gpt.rope_table(9, 10, 100.0)
+    pairs = torch.complex(x[..., :5], x[..., 5:])
+    angle = torch.arange(9.0).outer(100.0 ** (-torch.arange(5) / 5)).double()
+    turned = pairs * torch.polar(torch.ones(9, 5).double(), angle).unsqueeze(1)
+    wanted = torch.cat((turned.real, turned.imag), dim=-1)
+    torch.testing.assert_close(gpt.rope(x, cos, sin), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_leaves_position_zero_alone():
+    x = torch.randn(2, 1, 3, 10)
+    cos, sin = gpt.rope_table(1, 10, 10_000.0)
+    assert torch.equal(gpt.rope(x, cos, sin), x)
+
+
+# the model as a whole
+
+
+@pytest.mark.parametrize("name", gpt.PRESETS)
+def test_loss_at_step_zero_is_ln_vocabulary(name):
+    torch.manual_seed(0)
+    config = gpt.PRESETS[name]
+    model, ids = gpt.GPT(config), random_ids(config, 1, 257)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+        echo = F.cross_entropy(model(ids[:, :-1])[0], ids[0, :-1])  # does it repeat its input?
+    assert abs(loss - math.log(config.vocab_size)) < 0.02
+    assert abs(echo - loss) < 3  # with std 0.02 the input token's logit would stand out by 10
+
+
+@pytest.mark.parametrize("config", [*gpt.PRESETS.values(), SMALL])
+def test_counts_match_the_modules(config):
+    with torch.device("meta"):
+        model = gpt.GPT(config)
+    assert gpt.parameter_count(config) == sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the head is the table
+    attention = 12 * config.n_layer * config.seq_len * config.d_model
+    assert gpt.flops_per_token(config) == 6 * matrices + attention
+
+
+def test_causal_future_does_not_leak():
+    model = scrambled(SMALL)
+    ids = random_ids(SMALL, 2, 40)
+    with torch.no_grad():
+        before = model(ids)
+        for cut in (1, 17, 39):
+            changed = ids.clone()
+            changed[:, cut:] = (changed[:, cut:] + 1) % SMALL.vocab_size
+            after = model(changed)
+            assert torch.equal(before[:, :cut], after[:, :cut])
+            assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+def test_rows_of_a_batch_do_not_mix():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 3, 20)
+    with torch.no_grad():
+        together, alone = model(ids), model(ids[1:2])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 2, 20)
+    model(ids).logsumexp(-1).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_fresh_model_learns_one_row_by_heart():
+    torch.manual_seed(0)
+    model, ids = gpt.GPT(SMALL), random_ids(SMALL, 1, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert torch.equal(model.generate(ids[:, :1], 32, temperature=0), ids)
+
+
+def test_too_long_input_is_named():
+    model = gpt.GPT(SMALL)
+    with pytest.raises(ValueError, match="seq_len=48"):
+        model(random_ids(SMALL, 1, 49))
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"d_model": 65}, "d_model=65"),
+        ({"n_kv_head": 3}, "n_kv_head=3"),
+        ({"n_layer": 0}, "n_layer=0"),
+        ({"n_head": 64}, "n_head"),
+    ],
+)
+def test_config_names_wrong_values(change, word):
+    with pytest.raises(ValueError, match=word):
+        dataclasses.replace(SMALL, **change)
+
+
+# generation
+
+
+def test_cache_in_pieces_equals_full_recomputation():
+    model, ids = scrambled(SMALL).double(), random_ids(SMALL, 2, 40)
+    with torch.no_grad():
+        wanted = model(ids)
+        for pieces in ([40], [1] * 40, [13, 1, 1, 20, 5]):
+            cache = gpt.KVCache(SMALL, 2, 40, like=model.embedding.weight)
+            parts = [model(part, cache) for part in ids.split(pieces, dim=1)]
+            # float64; the rotation table is float32 on both sides, so it cancels
+            torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-10, rtol=1e-10)
+
+
+def test_generate_greedy_equals_full_recomputation():
+    model, ids = scrambled(SMALL).double(), random_ids(SMALL, 3, 5)
+    slow = ids
+    with torch.no_grad():
+        for _ in range(30):
+            slow = torch.cat((slow, model(slow)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(ids, 30, temperature=0), slow)
+
+
+def test_generate_repeats_with_the_same_generator():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 2, 5)
+    one, two, three = (
+        model.generate(ids, 20, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+def test_generate_stops_each_row_at_stop():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 8, 1)
+    free = model.generate(ids, 40, generator=torch.Generator().manual_seed(0))
+    stop = int(free[0, 5])
+    out = model.generate(ids, 40, generator=torch.Generator().manual_seed(0), stop=stop)
+    for row, unstopped in zip(out[:, 1:], free[:, 1:]):
+        places = (row == stop).nonzero()
+        if len(places):
+            first = int(places[0])
+            assert (row[first:] == stop).all()
+            assert torch.equal(row[: first + 1], unstopped[: first + 1])
+
+
+def test_generate_ends_early_when_all_rows_have_stopped():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 1, 1)
+    first = int(model.generate(ids, 1, temperature=0)[0, 1])
+    assert model.generate(ids, 40, temperature=0, stop=first).shape == (1, 2)
+
+
+def test_generate_names_what_does_not_fit():
+    model = gpt.GPT(SMALL)
+    with pytest.raises(ValueError, match="at most 38"):
+        model.generate(random_ids(SMALL, 1, 10), 39)
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), 3)
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.randn(5, 50)
+    p = gpt.next_token_probabilities(logits, temperature=0.7)
+    torch.testing.assert_close(p, (logits / 0.7).softmax(-1), atol=1e-6, rtol=1e-5)
+    greedy = gpt.next_token_probabilities(logits, temperature=0)
+    assert torch.equal(greedy.argmax(-1), logits.argmax(-1)) and greedy.max() == greedy.min() + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 2**31))
+def test_top_k_keeps_the_k_likeliest(k, seed):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+    p = gpt.next_token_probabilities(logits, top_k=k)
+    kept = p > 0
+    assert kept.sum() == min(k, 40)
+    assert k >= 40 or logits[kept].min() >= logits[~kept].max()
+    torch.testing.assert_close(p[kept], logits[kept].softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 0.999), st.integers(0, 2**31))
+def test_top_p_keeps_the_fewest_tokens_with_mass_p(top_p, seed):
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(seed))
+    full = logits.softmax(-1)
+    p = gpt.next_token_probabilities(logits, top_p=top_p)
+    kept = p > 0
+    mass = full[kept].double().sum()
+    assert mass >= top_p - 1e-6  # float32 sums
+    assert mass - full[kept].min() < top_p + 1e-6  # one token fewer would not reach it
+    torch.testing.assert_close(p[kept], full[kept] / full[kept].sum(), atol=1e-6, rtol=1e-5)
+
+
+def test_top_p_of_a_known_distribution():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    for top_p, kept in ((0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        p = gpt.next_token_probabilities(logits, top_p=top_p)
+        assert p.nonzero().flatten().tolist() == kept
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 1), st.integers(0, 2**31))
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(min_p, seed):
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(seed))
+    ratio = (logits - logits.max()).exp()
+    kept = gpt.next_token_probabilities(logits, min_p=min_p) > 0
+    assert kept[ratio > min_p + 1e-5].all() and not kept[ratio < min_p - 1e-5].any()
+
+
+def test_filters_follow_one_another():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    p = gpt.next_token_probabilities(logits, top_k=2, top_p=0.6)  # 0.4/0.7 alone is below 0.6
+    torch.testing.assert_close(p, torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=1e-6, rtol=1e-5)
+    p = gpt.next_token_probabilities(logits, top_k=2, top_p=0.55)  # and above 0.55
+    assert p.nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2)],
+)
+def test_sampling_names_wrong_values(name, value):
+    with pytest.raises(ValueError, match=name):
+        gpt.next_token_probabilities(torch.zeros(3), **{name: value})
+
+
+def test_sampling_follows_the_probabilities():
+    torch.manual_seed(0)
+    model, ids = scrambled(SMALL), random_ids(SMALL, 1, 4)
+    with torch.no_grad():
+        p = gpt.next_token_probabilities(model(ids)[0, -1], top_k=5)
+    drawn = model.generate(ids.expand(4000, -1), 1, top_k=5)[:, -1]
+    counts = torch.bincount(drawn, minlength=SMALL.vocab_size) / 4000
+    assert (counts - p).abs().max() < 5 * math.sqrt(0.25 / 4000)  # five standard errors
