@@ -1,0 +1,1 @@
+"""What the training scripts feed on: text, tokeniser, tokens, batches."""
