@@ -214,7 +214,8 @@ GRAMMAR = {
     "thank": [
         '"Thank you!" said {hero}, and hugged {finder}.',
         "{hero} {hero.was} so happy that {hero.he} gave {finder} a {gift}.",
-        "Later, a neighbor asked who had found the {color} {toy}. \"It was {finder},\" said {hero}.",
+        "Later, a neighbor asked who had found the {color} {toy}. \"It was {finder},\" said "
+        "{hero}.",
         "{hero} danced for joy and shared a {treat} with {finder}.",
     ],
     "gift": ["big hug", "warm smile", "paper star", "red cherry", "soft pat", "loud cheer"],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data import stories
 
-STORIES = list(stories.corpus(3000, seed=11))
+STORIES = list(stories.corpus(2000, seed=11))
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_instruct_asks_for_what_the_story_has():
 
 
 def test_check_names_what_is_missing():
-    text = next(t for t, _ in STORIES if '"' not in t and " lost " in t)
+    text = next(t for t, _ in STORIES if '"' not in t and "find" in dict(parsed(t).choices))
     lacks = stories.check(["spaceship"], ["Dialogue", "Lost and found"], text)
     assert lacks == ["the word spaceship is missing", "the feature Dialogue is missing"]
     lacks = stories.check([], [], text + " The end.")
