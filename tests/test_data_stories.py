@@ -260,6 +260,6 @@ def test_check_names_what_is_missing():
     lacks = stories.check(["spaceship"], ["Dialogue", "Lost and found"], text)
     assert lacks == ["the word spaceship is missing", "the feature Dialogue is missing"]
     lacks = stories.check([], [], text + " The end.")
-    assert len(lacks) == 1 and "rule end of story is broken" in lacks[0]
+    assert len(lacks) == 1 and "is The" in lacks[0]
     with pytest.raises(ValueError, match="'Dragons'"):
         stories.check([], ["Dragons"], text)
