@@ -157,7 +157,7 @@ def stated_version(url: str, linked: Message, answer: http.client.HTTPResponse) 
     if len(sizes) != 1:
         saying = " and ".join(f"{size:,} bytes" for size in sorted(sizes)) or "nothing"
         raise DownloadError(f"{url}: the server states {saying} as the size of the file")
-    # a plain ETag is no checksum, even if it looks like one: the hub's network sends other 64 digits
+    # a plain ETag is no checksum: the hub's network sends one of 64 digits that are not the sha256
     digest = re.search("[0-9a-f]{64}", linked.get("X-Linked-ETag", ""))
     if digest is not None:
         return Version(url, sizes.pop(), digest[0], digest[0])
