@@ -1,0 +1,393 @@
+"""A byte-level BPE tokeniser: trained here in plain Python, executed by tiktoken.
+
+A text is first cut into pieces (about: words with the space before them, numbers, signs) by a
+regular expression, and no token ever spans two pieces. Byte-pair encoding then names frequent
+stretches of bytes within the pieces:
+
+    ids 0..255       the single bytes, so that every text has an encoding
+    id  256 + i      merge i = (a, b), standing for bytes(a) + bytes(b), where (a, b) is the pair
+                     of neighbours with the highest count  sum over pieces p of
+                     count(p) * (places in p where b follows a),  counted after merges 0..i-1
+    ids at the end   special tokens; no text is ever encoded to one of them
+
+    encode           cut into pieces; in each apply merges 0, 1, 2, ... from left to right
+
+Ties go to the pair with the smaller a, then the smaller b: to older tokens. Training stops early
+when no pair occurs twice. A smaller vocabulary is the beginning of any larger one.
+
+tiktoken is given only the bytes of each token, and joins again and again those two neighbours
+whose joined bytes have the lowest id. That is the same as replaying the merges, because no two
+merges make the same bytes: what stands left and right of a stretch of bytes cannot change how it
+is merged inside, as long as no token reaches across its ends. The tests replay the merges.
+
+Letters: V vocabulary size, everything counted: 256 bytes + merges + special tokens.
+
+Sources: Gage 1994 (The C Users Journal 12(2): the compression algorithm); Sennrich et al. 2016
+(arXiv 1508.07909: for words); Radford et al. 2019 (GPT-2: on bytes, pieces by a regular
+expression). The expression is GPT-4's (cl100k_base in the source of tiktoken). Counting and ties
+are those of Hugging Face's BpeTrainer, which the tests compare with.
+
+Run: `python data/bpe.py` (CPU, 0.4 s on one core of an AMD EPYC (Zen 3)), or
+`python data/bpe.py FILE` for a text with stories separated by <|endoftext|>; the first prints
+
+    900 stories to train on, 100 held out (23,870 bytes)
+    asked for V = 4096, had pairs enough for V = 464; the first merges:
+    ' a' ' t' 'ed' ' i' ' th' ' the' ' "' 'ho' 'li' 'ne' 'ou' 'nd'
+        V   bytes/token   the beginning of a held-out story
+      257         1.000   O|n|c|e| |t|h|e|r|e| |w|a|s| |a| |l|i|t|t|l|e| |k|i|t|t|e|n| |n|a|m|e|d
+      300         1.567   O|nc|e| the|re| was| a| li|tt|l|e| |k|i|tt|en| na|m|ed
+      400         2.994   Once| there| was| a| little| k|itt|en| named
+      464         3.855   Once| there| was| a| little| kitten| named
+    ok: every held-out story comes back byte for byte, and no text is encoded to END
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import regex  # tiktoken depends on it: the standard library's re lacks \p{L}
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB = 1 << 16  # ids are stored as uint16
+MIN_COUNT = 2  # a pair that occurs once is no pattern
+
+# What bounds the memory: no input, however large or odd, can exceed these.
+CHUNK = 1 << 20  # bytes read from a file at once
+LONGEST_STORY = 1 << 22  # bytes; War and Peace is 3.2 MB
+SAMPLE = 1 << 25  # characters that training looks at, drawn from all stories if they have more
+MOST_PIECES = 1 << 18  # distinct pieces that are counted; the rarest are dropped when more turn up
+LONGEST_PIECE = 64  # bytes; longer ones (base64, DNA) are cut up, in training only
+
+# As in cl100k, but for "at most 256" in two places: both engines step back through a run of white
+# space, and without a bound a million spaces take minutes or overflow tiktoken's stack.
+PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",  # the ends of it's, I'd, I'm, don't, we'll, I've, you're
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, with one space or sign before them
+        r"\p{N}{1,3}",  # digits, three at most
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with a space before and line ends after them
+        r"\s{0,256}[\r\n]",  # white space up to the last line end in it
+        r"\s{1,256}(?!\S)",  # other white space, but its last goes with the next word
+        r"\s",
+    )
+)
+
+
+def read_stories(path: str | Path) -> Iterator[str]:
+    """The stories of a UTF-8 file that separates them by <|endoftext|>, one after another.
+
+    White space around a story is removed and empty stories are skipped. Holds one story and one
+    chunk in memory, whatever the size of the file.
+
+    Raises: ValueError where the file is not UTF-8, has no story, or has no separator at all or
+        for LONGEST_STORY bytes: then it is not such a file, and nothing could be learnt from it.
+    """
+    separator = END_OF_TEXT.encode()
+
+    def wrong(what: str) -> ValueError:
+        return ValueError(
+            f"{path}: {what}; wanted UTF-8 text with stories separated by {END_OF_TEXT}"
+        )
+
+    def decode(data: bytes, start: int) -> str:
+        try:
+            return data.decode().strip()
+        except UnicodeDecodeError as error:
+            place = start + error.start
+            raise wrong(f"byte {place:,} is not UTF-8 ({error.reason})") from error
+
+    # Splitting bytes is safe: in UTF-8 no part of another character looks like the separator.
+    start, rest = 0, b""  # what is still to be split, and at which byte of the file it begins
+    separated = found = False
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            *stories, rest = (rest + chunk).split(separator)
+            for data in stories:
+                separated = True
+                if story := decode(data, start):
+                    found = True
+                    yield story
+                start += len(data) + len(separator)
+            if len(rest) > LONGEST_STORY:
+                size = f"{LONGEST_STORY >> 20} MiB"
+                raise wrong(f"no {END_OF_TEXT} in {size} from byte {start:,} on")
+    story, size = decode(rest, start), start + len(rest)
+    if story and not separated:
+        raise wrong(f"no {END_OF_TEXT} in its {size:,} bytes")
+    if story:
+        yield story
+    elif not found:
+        raise wrong(f"no text in its {size:,} bytes")
+
+
+def draw_sample(stories: Iterable[str], most: int = SAMPLE) -> list[str]:
+    """All stories if they have at most `most` characters; otherwise as many as fit, at random.
+
+    Each story draws a number and those with the lowest are kept, so the sample is spread evenly
+    over a stream of any length. The same stream gives the same sample.
+    """
+    rng, kept, size = Random(0), [], 0  # kept: a heap with the highest draw on top
+    for story in stories:
+        heappush(kept, (-rng.random(), story))
+        size += len(story)
+        while size > most and len(kept) > 1:
+            size -= len(heappop(kept)[1])
+    return [story for _, story in kept]
+
+
+def count_pieces(stories: Iterable[str], most: int = MOST_PIECES) -> dict[bytes, int]:
+    """How often each of at most `most` distinct pieces occurs in the stories.
+
+    Whenever there are more of them, the rarer half is forgotten.
+    """
+    find, counts = regex.compile(PATTERN).findall, Counter()
+    for story in stories:
+        counts.update(find(story))
+        if len(counts) > most:
+            counts = Counter(dict(counts.most_common(most // 2)))
+    pieces = Counter()
+    for piece, count in counts.items():
+        data = piece.encode(errors="replace")  # lone surrogates, which json can hold
+        for start in range(0, len(data), LONGEST_PIECE):
+            pieces[data[start : start + LONGEST_PIECE]] += count
+    return dict(pieces.most_common(most))
+
+
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """ids with `new` in place of each occurrence of the pair, from left to right."""
+    a, b = pair
+    merged, i, last = [], 0, len(ids) - 1
+    while i <= last:
+        if ids[i] == a and i < last and ids[i + 1] == b:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def learn_merges(pieces: dict[bytes, int], most: int) -> list[tuple[int, int]]:
+    """At most `most` merges for pieces that occur so many times each, in the order of their ids.
+
+    A merge changes the counts only in the pieces that hold its pair, and it can raise only the
+    counts of pairs with the new token. So there is an index of pieces by pair, and a heap in
+    which each pair stands once, with a count that may be out of date but never too low.
+    """
+    words, counts = [list(piece) for piece in pieces], list(pieces.values())
+    pair_counts = Counter()
+    holders = defaultdict(set)  # pair -> indices of all words that hold it, and perhaps others
+    for index, (word, count) in enumerate(zip(words, counts)):
+        for pair in pairwise(word):
+            pair_counts[pair] += count
+            holders[pair].add(index)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]  # ties: smallest pair first
+    heapify(heap)
+    merges = []
+    while heap and len(merges) < most:
+        negative, pair = heappop(heap)
+        count = pair_counts[pair]
+        if count < MIN_COUNT:
+            continue
+        if count < -negative:
+            heappush(heap, (-count, pair))
+            continue
+        new = 256 + len(merges)
+        merges.append(pair)
+        born = set()
+        for index in holders.pop(pair):
+            before, after = words[index], merge(words[index], pair, new)
+            words[index] = after
+            for old in pairwise(before):
+                pair_counts[old] -= counts[index]
+            for now in pairwise(after):
+                pair_counts[now] += counts[index]
+                if new in now:
+                    born.add(now)
+                    holders[now].add(index)
+        for now in born:
+            heappush(heap, (-pair_counts[now], now))
+    return merges
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A trained vocabulary: all that decides which ids a text is encoded to."""
+
+    merges: tuple[tuple[int, int], ...]
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,)
+    pattern: str = PATTERN
+
+    @property
+    def size(self) -> int:
+        """V: ids run from 0 to V-1."""
+        return 256 + len(self.merges) + len(self.special_tokens)
+
+    @property
+    def end(self) -> int:
+        """The id of <|endoftext|>."""
+        return 256 + len(self.merges) + self.special_tokens.index(END_OF_TEXT)
+
+    @cached_property
+    def tokens(self) -> list[bytes]:
+        """The bytes that each id stands for, special tokens left out."""
+        tokens = [bytes([value]) for value in range(256)]
+        for a, b in self.merges:
+            tokens.append(tokens[a] + tokens[b])
+        return tokens
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """How many bytes of text each id stands for; a special token: 0."""
+        return [len(token) for token in self.tokens] + [0] * len(self.special_tokens)
+
+    @property
+    def content(self) -> dict:
+        """The fields, as json holds them."""
+        return {name: getattr(self, name) for name in ("merges", "special_tokens", "pattern")}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content, in hexadecimal: equal only for equal vocabularies."""
+        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
+
+    def encoding(self) -> tiktoken.Encoding:
+        """The tiktoken encoding with these ids; `encode_ordinary` is the method for text."""
+        return tiktoken.Encoding(
+            name=f"bpe-{self.hash[:12]}",
+            pat_str=self.pattern,
+            mergeable_ranks={token: i for i, token in enumerate(self.tokens)},
+            special_tokens=dict(zip(self.special_tokens, range(len(self.tokens), self.size))),
+            explicit_n_vocab=self.size,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the vocabulary as json; under its name stands a whole file or none."""
+        path = Path(path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "w") as file:
+                json.dump({"hash": self.hash, **self.content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """The vocabulary that `save` wrote.
+
+        Raises: FileNotFoundError; ValueError when the file is not as it was written.
+        """
+        try:
+            stored = json.loads(Path(path).read_bytes())
+            vocabulary = cls(
+                merges=tuple((a, b) for a, b in stored["merges"]),
+                special_tokens=tuple(stored["special_tokens"]),
+                pattern=stored["pattern"],
+            )
+            if stored["hash"] != vocabulary.hash:
+                raise ValueError("its contents do not match its hash")
+        except (ValueError, TypeError, KeyError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{path} is damaged ({why}); wanted a vocabulary as Vocabulary.save writes it: "
+                "train it again or restore a copy"
+            ) from error
+        return vocabulary
+
+
+def train(
+    stories: Iterable[str],
+    vocab_size: int,
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,),
+) -> Vocabulary:
+    """A vocabulary of V = vocab_size ids, or fewer where the text runs out of pairs to merge.
+
+    Reads the stories once and keeps a bounded sample of them; see the constants above. The
+    order of the stories makes no difference unless one of those bounds is met.
+
+    Raises: ValueError for a vocab_size out of range, or special_tokens without <|endoftext|>.
+    """
+    least = 256 + len(special_tokens)
+    if not least <= vocab_size <= MAX_VOCAB:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be {least} to {MAX_VOCAB}: 256 bytes and "
+            f"{len(special_tokens)} special at least, and ids are stored as uint16"
+        )
+    if END_OF_TEXT not in special_tokens:
+        raise ValueError(f"special_tokens={special_tokens} must hold {END_OF_TEXT!r}")
+    pieces = count_pieces(draw_sample(stories))
+    return Vocabulary(tuple(learn_merges(pieces, vocab_size - least)), tuple(special_tokens))
+
+
+def encode(stories: Iterable[str], vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+    """The ids of each story, a uint16 array without END; what looks special is ordinary text."""
+    encode_ordinary = vocabulary.encoding().encode_ordinary
+    for story in stories:
+        yield np.array(encode_ordinary(story), dtype=np.uint16)
+
+
+def little_stories(count: int) -> Iterator[str]:
+    """Stories enough for the demo, when no file is given."""
+    pick = Random(0).choice
+    for _ in range(count):
+        name = pick(("Lily", "Tom", "Mia", "Ben", "Anna", "Max"))
+        kind = pick(("rabbit", "duckling", "hedgehog", "squirrel", "kitten", "puppy"))
+        place = pick(("by the river", "under a tall tree", "near the garden", "on a quiet farm"))
+        thing = pick(("a shiny button", "a red balloon", "an old key", "a bunch of 12 flowers"))
+        mood = pick(("happy", "proud", "surprised", "thankful"))
+        yield (
+            f"Once there was a little {kind} named {name}. {name} lived {place}.\n"
+            f'One day, {name} found {thing}. "Whose is it?" the {kind} asked. '
+            f'"It isn\'t mine," said the {pick(("owl", "fox", "bear"))}, "so it\'s yours!"\n'
+            f"{name} was very {mood} and took {thing} home."
+        )
+
+
+def demo(stories: Iterable[str]) -> None:
+    stories = draw_sample(stories, most=1 << 23)
+    held_out, rest = stories[::10], [story for i, story in enumerate(stories) if i % 10]
+    text_bytes = sum(len(story.encode()) for story in held_out)
+    vocabulary = train(rest, vocab_size=4096)
+    print(f"{len(rest):,} stories to train on, {len(held_out):,} held out ({text_bytes:,} bytes)")
+    print(f"asked for V = 4096, had pairs enough for V = {vocabulary.size}; the first merges:")
+    print(" ".join(repr(token.decode(errors="replace")) for token in vocabulary.tokens[256:268]))
+
+    print("    V   bytes/token   the beginning of a held-out story")
+    for size in sorted({257, 300, 400, 1024, 2048, vocabulary.size}):
+        if size > vocabulary.size:
+            break
+        smaller = replace(vocabulary, merges=vocabulary.merges[: size - 257])
+        encoding = smaller.encoding()
+        encoded = list(encode(held_out, smaller))
+        ids = encoding.encode_ordinary(held_out[0][:36].rstrip())
+        cut = "|".join(encoding.decode([i]) for i in ids)
+        print(f"{size:5d} {text_bytes / sum(map(len, encoded)):13.3f}   {cut}")
+        for story, ids in zip(held_out, encoded):
+            assert encoding.decode(ids.tolist()) == story, f"V={size}: the text does not come back"
+    ids = encoding.encode_ordinary(f"no {END_OF_TEXT} yet")
+    assert vocabulary.end not in ids and encoding.decode(ids) == f"no {END_OF_TEXT} yet"
+    print("ok: every held-out story comes back byte for byte, and no text is encoded to END")
+
+
+if __name__ == "__main__":
+    try:
+        demo(read_stories(sys.argv[1]) if len(sys.argv) > 1 else little_stories(1000))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
