@@ -1,0 +1,843 @@
+"""Trains a GPT from text to stories: data, model, loop, checkpoints, samples.
+
+    python 06_train.py
+
+does the whole job. With a GPU it trains the 27M-parameter model on TinyStories, downloading it
+once; without one, a 0.9M model on the built-in stories in about two minutes. Both are
+the same code with another preset, and every field of `Config` is a flag:
+
+    python 06_train.py --data stories.txt --model 8m --max-steps 2000 --out runs/mine
+    python 06_train.py --out runs/mine --resume          # goes on where it stopped
+    python 06_train.py --out runs/mine --sample "Once upon a time"
+
+What one step computes, for a batch of rows x with targets y, N of them not padding:
+
+    loss      L = 1/N * sum over targets of -ln p(y_t | x_1 .. x_t)             nats/token
+    gradient  g = dL/dw, scaled down to norm `grad_clip` where it is longer
+    update    AdamW at the learning rate learning_rate * schedule(step)
+
+Losses are printed in nats per token and in bits per byte of story text (bpb); only the second may
+be compared between tokenisers. Validation scores every token of the validation text once, in
+rows that begin with a story. For the built-in stories the exact entropy of the same text is
+printed beside the loss: no model can be below that floor on average.
+
+A run lives in its `--out` folder: config.json, vocabulary.json, metrics.jsonl, and the newest
+checkpoints. A checkpoint holds all that the next step depends on, and the data position is
+the step itself, so a run that was killed and resumed computes the same numbers as one that was
+not. Its name carries a checksum of its content: a file cut short is recognised and passed over.
+
+Letters: B rows in a batch, T positions in a row, V vocabulary.
+
+Sources: the recipe (clip 1.0, betas 0.9 and 0.95, decay 0.1 on matrices only) is GPT-3's (Brown
+et al. 2020, arXiv 2005.14165); the warmup-stable-decay schedule MiniCPM's (Hu et al. 2024,
+2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
+
+Run: `python 06_train.py` (CPU, @SECONDS@ on 2 cores of an AMD EPYC (Zen 3), float32) ends with
+
+@OUTPUT@
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import typing
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import batches, bpe, stories, tinystories
+
+losses = importlib.import_module("01_loss")
+gpt = importlib.import_module("03_gpt")
+adamw = importlib.import_module("04_adamw")
+schedules = importlib.import_module("05_schedules")
+
+KEEP = 2  # checkpoints kept: the newest, and one before it in case the newest is damaged
+HELD_OUT = 50  # of a user's file, one story in 50 is kept for validation
+VAL_STORIES = 500  # built-in stories to validate on
+SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
+UNTIMED_STEPS = 3  # after a start: they compile, allocate and warm caches
+# dense bfloat16 TFLOP/s from the makers' data sheets, by a part of the name that torch reports
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "RTX 4090": 165, "RTX 5090": 209.5}
+
+
+class RunError(Exception):
+    """Something the user can put right; shown as one line."""
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "stories"  # where these defaults come from: "stories", "tinystories"
+    data: str = "stories"  # "stories" (built in), "tinystories" (downloads), or a text file
+    out: str = "runs/stories"  # folder of this run
+    cache: str = "runs/cache"  # folder of downloaded and tokenised data
+    resume: bool = False  # go on from the newest checkpoint in out, if there is one
+    sample: str | None = None  # continue this text with the model in out, and do nothing else
+    seed: int = 0  # of the weights and of the order of the data
+    device: str = "auto"  # "auto": cuda if there is one, else cpu
+    dtype: str = "auto"  # of matrix products: "float32", "bfloat16", or what suits the device
+    compile: bool = False  # torch.compile the model: minutes once, then faster steps
+    model: str = "1m"  # shape, by its name in 03_gpt.PRESETS
+    vocab_size: int = 1024  # tokens, at most; a small text may have fewer
+    seq_len: int = 256  # T, tokens
+    story_count: int = 20_000  # built-in stories to train on
+    rows: str = "stories"  # how rows are cut: "stories" or "blocks", see data/batches.py
+    batch_size: int = 8  # B, rows per step
+    accumulate: int = 1  # micro-batches that a step's rows are split into, to save memory
+    max_steps: int = 800  # steps in all
+    learning_rate: float = 4e-3  # peak
+    schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
+    warmup_steps: int = 50  # steps
+    weight_decay: float = 0.1  # on matrices
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # longest gradient; 0: no clipping
+    log_every: int = 50  # steps
+    eval_every: int = 200  # steps
+    eval_tokens: int = 1_000_000  # validation tokens scored while training; at the end: all
+    checkpoint_every: int = 200  # steps
+    temperature: float = 1.0  # of samples
+    min_p: float = 0.1  # of samples: tokens less likely than this share of the likeliest are cut
+
+    def __post_init__(self):
+        for name in ("seq_len", "story_count", "batch_size", "accumulate", "max_steps"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("log_every", "eval_every", "eval_tokens", "checkpoint_every"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        check(257 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size, "257 to 65536")
+        check(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps,
+              f"at most max_steps={self.max_steps}")  # fmt: skip
+        check(self.batch_size % self.accumulate == 0, "batch_size", self.batch_size,
+              f"a multiple of accumulate={self.accumulate}")  # fmt: skip
+        for name, choices in (
+            ("preset", PRESETS),
+            ("model", gpt.PRESETS),
+            ("schedule", schedules.SCHEDULES),
+            ("rows", ("stories", "blocks")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+        ):
+            check(getattr(self, name) in choices, name, getattr(self, name),
+                  "one of " + ", ".join(choices))  # fmt: skip
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+def check(good: bool, name: str, value: object, wanted: str) -> None:
+    if not good:
+        raise RunError(f"--{name.replace('_', '-')} {value}: wanted {wanted}")
+
+
+PRESETS = {
+    "stories": {},  # the defaults above: two minutes on two CPU cores
+    "tinystories": {  # one GPU with 40 GB or more; on less memory raise --accumulate
+        "data": "tinystories",
+        "out": "runs/tinystories",
+        "compile": True,
+        "model": "27m",
+        "vocab_size": 4096,
+        "seq_len": 512,
+        "batch_size": 256,  # 131,072 tokens a step
+        "max_steps": 7630,  # 1.0B tokens
+        "learning_rate": 2e-3,  # 3 to 5 times the usual 6e-4: the best of a public sweep at 36M
+        "warmup_steps": 200,
+        "eval_every": 500,
+        "checkpoint_every": 500,
+    },
+}
+
+
+# Device and precision
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {wanted}: {reason}; try --device cpu") from error
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type of matrix products, and why.
+
+    bfloat16 on a GPU that has it, and on a CPU with instructions for bfloat16 products
+    (amx_bf16 or avx512_bf16); elsewhere it is emulated, several times slower than float32.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted), "as asked"
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    if has:
+        return torch.bfloat16, "this device multiplies bfloat16 in hardware"
+    return torch.float32, "this device has no bfloat16 instructions"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def peak_tflops(device: torch.device) -> int | None:
+    """Dense bfloat16 TFLOP/s of the GPU, or None where it is not known."""
+    name = device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory used so far, 10^9 bytes: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# Data: text -> vocabulary -> token files, made once and kept in the cache
+
+
+@dataclass(frozen=True)
+class Text:
+    """Stories to train on, and others to validate on. Each call reads them from the beginning."""
+
+    name: str
+    identity: object  # what has to be equal for prepared tokens to be used again
+    train: Callable[[], Iterable[str]]
+    val: Callable[[], Iterable[str]]
+    val_nats: float | None = None  # -ln probability of all val stories, where it is known
+
+
+@dataclass(frozen=True)
+class Data:
+    vocabulary: bpe.Vocabulary
+    train: np.ndarray  # uint16 ids
+    val: np.ndarray
+    about_train: batches.TokenFile
+    about_val: batches.TokenFile
+
+
+def builtin_text(story_count: int) -> Text:
+    val = list(stories.corpus(VAL_STORIES, seed=1))
+    return Text(
+        name="built-in stories",
+        identity=(Path(stories.__file__).read_bytes(), story_count),
+        train=lambda: (story for story, _ in stories.corpus(story_count, seed=0)),
+        val=lambda: (story for story, _ in val),
+        val_nats=-sum(log_probability for _, log_probability in val),
+    )
+
+
+def tinystories_text(cache: Path) -> Text:
+    train, val = (tinystories.download(split, cache) for split in ("train", "valid"))
+    return Text(
+        name="TinyStoriesV2-GPT4",
+        identity=(train.stat().st_size, val.stat().st_size),
+        train=lambda: bpe.read_stories(train),
+        val=lambda: bpe.read_stories(val),
+    )
+
+
+def file_text(path: Path) -> Text:
+    """A user's file. One story in 50 is held out for validation, by a checksum of its text:
+    so the choice does not move when the file grows, and copies of a story stay on one side."""
+
+    def split(held_out: bool) -> Iterator[str]:
+        found = False
+        for story in bpe.read_stories(path):
+            if (zlib.crc32(story.encode()) % HELD_OUT == 0) == held_out:
+                found = True
+                yield story
+        if held_out and not found:
+            raise ValueError(
+                f"{path}: too few stories: none fell to validation, which takes one in {HELD_OUT}; "
+                "wanted some hundred stories separated by <|endoftext|>"
+            )
+
+    if not path.is_file():
+        raise RunError(
+            f"--data {path}: no such file; wanted 'stories', 'tinystories' or a UTF-8 text file "
+            "with stories separated by <|endoftext|>"
+        )
+    about = path.stat()
+    return Text(
+        name=path.name,
+        identity=(str(path.resolve()), about.st_size, about.st_mtime_ns),
+        train=lambda: split(held_out=False),
+        val=lambda: split(held_out=True),
+    )
+
+
+def prepare(config: Config) -> Data:
+    """Vocabulary and tokens of the text that the config names: from the cache, or made now.
+
+    The cache's folder appears under its name only when it is complete.
+    """
+    cache = Path(config.cache)
+    if config.data == "stories":
+        text = builtin_text(config.story_count)
+    elif config.data == "tinystories":
+        text = tinystories_text(cache)
+    else:
+        text = file_text(Path(config.data))
+    key = hashlib.sha256(repr((text.identity, config.vocab_size)).encode()).hexdigest()[:12]
+    folder = cache / f"tokens-{key}"
+    if not folder.exists():
+        started = time.perf_counter()
+        part = cache / f"tokens-{key}.{os.getpid()}.part"
+        part.mkdir(parents=True)
+        try:
+            vocabulary = bpe.train(text.train(), config.vocab_size)
+            vocabulary.save(part / "vocabulary.json")
+            for name, read, nats in (
+                ("train", text.train, None),
+                ("val", text.val, text.val_nats),
+            ):
+                batches.write_tokens(
+                    part / name,
+                    bpe.encode(read(), vocabulary),
+                    vocabulary=vocabulary.hash,
+                    end=vocabulary.end,
+                    source=f"{text.name}, {name}",
+                    total_nats=nats,
+                )
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        print(f"data     prepared in {time.perf_counter() - started:.1f} s, kept in {folder}")
+    vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+    train, about_train = batches.open_tokens(folder / "train", vocabulary.hash)
+    val, about_val = batches.open_tokens(folder / "val", vocabulary.hash)
+    return Data(vocabulary, train, val, about_train, about_val)
+
+
+# The run folder: config.json, vocabulary.json, metrics.jsonl, step-STEP-CHECKSUM.pt
+
+# what a resumed run may be given anew; all else has to be as it was
+MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
+MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
+MAY_CHANGE |= {"temperature", "min_p"}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that at every instant either the old or the new one is there."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def stored_config(folder: Path) -> dict | None:
+    """The fields of the run in a folder; None when there is no run."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}; choose another --out") from error
+
+
+def check_folder(config: Config) -> None:
+    """Checks that the run's folder is free, or holds this run, which is to go on.
+
+    Raises: RunError when the folder holds something else.
+    """
+    folder = Path(config.out)
+    stored = stored_config(folder)
+    if stored is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"--out {folder}: not empty and not a run; choose another folder")
+        return
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE and stored.get(name) != value:
+            raise RunError(
+                f"--out {folder}: holds a run with {name}={stored.get(name)}, not {value}; "
+                "choose another folder, or resume it without changing this"
+            )
+    if not config.resume:
+        raise RunError(
+            f"--out {folder}: holds this run already; add --resume to go on with it, "
+            "or choose another folder"
+        )
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def save_checkpoint(folder: Path, state: dict) -> Path:
+    """Writes step-STEP-CHECKSUM.pt; removes all but the newest `KEEP` afterwards.
+
+    At every instant the newest complete checkpoint is on disk under its final name.
+    """
+    part = folder / "checkpoint.part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"step-{state['step']:08d}-{checksum(part)}.pt"
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free / 1e6
+        newest = next(iter(checkpoint_files(folder)), "none")
+        raise RunError(
+            f"no checkpoint could be written to {folder} ({free:.0f} MB free): "
+            f"{str(error).splitlines()[0]}; the newest one is {newest}: make room, then --resume"
+        ) from error
+    for old in checkpoint_files(folder)[KEEP:]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint whose content fits the checksum in its name; None without any."""
+    for path in checkpoint_files(folder):
+        reason = "its checksum is wrong"
+        if path.stem.endswith(checksum(path)):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises a dozen kinds for what is no checkpoint
+                reason = str(error).splitlines()[0]
+        print(f"resume   {path.name} is damaged and passed over: {reason}")
+    return None
+
+
+def keep_metrics(folder: Path, step: int, max_steps: int) -> None:
+    """Drops the lines of metrics.jsonl that a run resumed at `step` will write again.
+
+    An evaluation stands before its step's checkpoint, but the last one of all stands behind it.
+    """
+    kept = []
+    if (folder / "metrics.jsonl").exists():
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                break
+            evaluated = "val_nats" in entry and step < max_steps
+            if entry["step"] < step or (evaluated and entry["step"] == step):
+                kept.append(line + "\n")
+    write_atomically(folder / "metrics.jsonl", "".join(kept))
+
+
+# Evaluation and samples
+
+
+@torch.no_grad()
+def evaluate(
+    loss_sum: Callable[[Tensor, Tensor], Tensor],
+    val: batches.Batches,
+    token_bytes: Tensor,
+    limit: int,
+) -> tuple[float, float]:
+    """Mean loss over the first `limit` targets, to the next full row: nats/token, bits/byte.
+
+    Args: token_bytes (V,) int64, bytes of text that each id stands for; END stands for none.
+    """
+    rows = min(len(val), int(np.searchsorted(val.lengths.cumsum(), limit)) + 1)
+    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
+    text_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    tokens = 0
+    for first in range(0, rows, val.batch_size):
+        x, y, count = val.take(np.arange(first, min(first + val.batch_size, rows)))
+        nats += loss_sum(x, y)
+        text_bytes += (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum()
+        tokens += count
+    mean = nats.item() / tokens
+    return mean, losses.bits_per_byte(mean, tokens, int(text_bytes))
+
+
+def write_stories(
+    model: gpt.GPT, vocabulary: bpe.Vocabulary, config: Config, prompt: str = "", count: int = 1
+) -> list[str]:
+    """Texts that begin with the prompt, as the model goes on; the same for the same seed."""
+    encoding = vocabulary.encoding()
+    start = [vocabulary.end, *encoding.encode_ordinary(prompt)]
+    if len(start) >= config.seq_len:
+        raise RunError(f"--sample: {len(start)} tokens; wanted fewer than seq_len={config.seq_len}")
+    device = model.embedding.weight.device
+    ids = model.generate(
+        torch.tensor([start] * count, device=device),
+        config.seq_len - len(start),
+        temperature=config.temperature,
+        min_p=config.min_p,
+        generator=torch.Generator(device).manual_seed(config.seed),
+        stop=vocabulary.end,
+    )
+    texts = []
+    for row in ids[:, 1:].tolist():
+        story = row[: row.index(vocabulary.end)] if vocabulary.end in row else row
+        texts.append(encoding.decode(story))
+    return texts
+
+
+def count_sound(texts: list[str]) -> int:
+    """How many of the texts are stories that the grammar of the built-in corpus could have told.
+
+    Prints what is wrong with the first few others.
+    """
+    verdicts = [stories.parse(text) for text in texts]
+    broken = [v for v in verdicts if isinstance(v, stories.Broken)]
+    for verdict in broken[:3]:
+        print(f"broken   {verdict.rule}: {verdict.message}")
+    return len(texts) - len(broken)
+
+
+# The loop
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; it has saved a checkpoint."""
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are put into the list, for the loop to end at its next step.
+
+    A second one acts as usual. Outside the main thread nothing is caught.
+    """
+    noted: list[int] = []
+    old = {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, old[number])
+
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Meter:
+    """Rates of the steps alone: no evaluation, no checkpoint, none of the slow first steps."""
+
+    def __init__(self, flops_per_token: int, peak_tflops: int | None):
+        self.flops, self.peak = flops_per_token, peak_tflops
+        self.seen, self.steps, self.tokens, self.seconds = 0, 0, 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.seen += 1
+        if self.seen > UNTIMED_STEPS:
+            self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+            self.seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    @property
+    def mfu_percent(self) -> float | None:
+        """Model FLOP/s over the device's peak; None where the peak is not known."""
+        return self.peak and self.tokens_per_second * self.flops / (self.peak * 1e12) * 100
+
+    def line(self, steps_left: int) -> str:
+        if not self.seconds:
+            return ""
+        each = self.seconds / self.steps
+        mfu = f" | mfu {self.mfu_percent:.1f}%" if self.peak else ""
+        left = f"{int(steps_left * each) // 60}:{int(steps_left * each) % 60:02d} left"
+        return f" | {each * 1e3:.0f} ms | {self.tokens_per_second:,.0f} tok/s{mfu} | {left}"
+
+
+def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
+    """A fresh model for this vocabulary, the same for the same seed."""
+    shape = replace(gpt.PRESETS[config.model], vocab_size=vocabulary.size, seq_len=config.seq_len)
+    torch.manual_seed(config.seed)
+    return gpt.GPT(shape)
+
+
+def train(config: Config) -> dict[str, float]:
+    """Runs the whole job and returns the figures of its last lines.
+
+    Raises: RunError for what the user can put right; Stopped after SIGINT or SIGTERM.
+    """
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    dtype, reason = pick_dtype(config.dtype, device)
+    folder = Path(config.out)
+    check_folder(config)
+    print(f"machine  {device_name(device)}, torch {torch.__version__}, {dtype}: {reason}")
+    print("config   " + " ".join(f"{name}={value}" for name, value in asdict(config).items()))
+
+    # 1. data: rows of tokens, a batch of them for each step
+    try:
+        data = prepare(config)
+    except (ValueError, FileNotFoundError) as error:  # the text, or tokens made of it earlier
+        raise RunError(str(error)) from error
+    vocabulary, end = data.vocabulary, data.vocabulary.end
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    vocabulary.save(folder / "vocabulary.json")
+    if config.rows == "stories":
+        rows = batches.story_rows(data.train, end, config.seq_len)
+    else:
+        rows = batches.block_rows(len(data.train), config.seq_len)
+    val_rows = batches.story_rows(data.val, end, config.seq_len)
+    size = (config.batch_size, config.seq_len, config.seed, device)
+    source = batches.Batches(data.train, rows, *size)
+    val = batches.Batches(data.val, val_rows, *size)
+    token_bytes = torch.tensor(vocabulary.token_bytes, device=device)  # (V,)
+    about = data.about_train
+    print(
+        f"data     {about.source}: {about.stories:,} stories, {about.tokens:,} tokens of "
+        f"{vocabulary.size:,}; an epoch is {len(source) / config.batch_size:,.0f} steps"
+    )
+
+    # 2. model and optimiser
+    model = build(config, vocabulary).to(device)
+    optimizer = adamw.AdamW(
+        adamw.param_groups(model.named_parameters(), config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+    )
+    multiplier = schedules.SCHEDULES[config.schedule]
+    meter = Meter(gpt.flops_per_token(model.config), peak_tflops(device))
+    print(
+        f"model    {config.model}: {gpt.parameter_count(model.config):,} parameters, "
+        f"{meter.flops / 1e6:.1f} MFLOP/token, GPU peak "
+        + (f"{meter.peak} TFLOP/s" if meter.peak else "unknown: no mfu")
+    )
+    print(f"expect   {math.log(vocabulary.size):.4f} nats at step 0 (ln V)", end="")
+    floor = data.about_val.floor_nats
+    print("" if floor is None else f", and never less than {floor:.4f} on the validation stories")
+
+    def loss_sum(x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            h = model.hidden(x)  # (B, T, C)
+            return losses.linear_cross_entropy(h, model.embedding.weight, y, reduction="sum")
+
+    if config.compile:
+        loss_sum = torch.compile(loss_sum)
+
+    # 3. where to begin
+    first, tokens, seconds_before = 0, 0, 0.0
+    state = load_checkpoint(folder) if config.resume else None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        first, tokens, seconds_before = state["step"], state["tokens"], state["seconds"]
+        print(f"resume   at step {first}")
+    keep_metrics(folder, first, config.max_steps)
+
+    with signals_noted() as stops, open(folder / "metrics.jsonl", "a", buffering=1) as metrics:
+        for step in range(first, config.max_steps):
+            began = time.perf_counter()
+
+            # 4. gradient of the mean loss over all targets of this step
+            x, y, count = source.batch(step)  # (B, T), (B, T)
+            loss = torch.zeros((), device=device)
+            for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
+                part = loss_sum(x_part, y_part) / count
+                part.backward()
+                loss += part.detach()
+
+            # 5. clip, then update
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            rate = config.learning_rate * multiplier(
+                step, config.max_steps, config.warmup_steps, skip_zero=True
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            done, tokens = step + 1, tokens + count
+
+            # 6. log: only here and at checkpoints does the host wait for the device
+            logging = step % config.log_every == 0
+            saving = done % config.checkpoint_every == 0 or done == config.max_steps or stops
+            if (logging or saving) and not math.isfinite(loss.item()):
+                raise RunError(
+                    f"the loss is {loss.item()} at step {step}; try a lower --learning-rate"
+                )
+            meter.add(count, time.perf_counter() - began)
+            if logging:
+                entry = {"step": step, "loss": loss.item(), "lr": rate, "gnorm": norm.item()}
+                metrics.write(json.dumps(entry) + "\n")
+                print(
+                    f"step {step:6d}/{config.max_steps} | loss {entry['loss']:.4f} nats | "
+                    f"lr {rate:.2e} | gnorm {entry['gnorm']:.2f}"
+                    + meter.line(config.max_steps - done)
+                )
+
+            # 7. evaluate, save, stop
+            if done % config.eval_every == 0 and done < config.max_steps:
+                nats, bpb = evaluate(loss_sum, val, token_bytes, config.eval_tokens)
+                metrics.write(json.dumps({"step": done, "val_nats": nats, "val_bpb": bpb}) + "\n")
+                print(f"eval {done:6d}/{config.max_steps} | val {nats:.4f} nats | {bpb:.4f} bpb")
+            if saving:
+                path = save_checkpoint(
+                    folder,
+                    {
+                        "step": done,  # the next step, and the position in the data
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "rng": torch.get_rng_state(),
+                        "tokens": tokens,
+                        "seconds": seconds_before + time.perf_counter() - started,
+                        "config": asdict(config),
+                    },
+                )
+            if stops and done < config.max_steps:
+                name = signal.Signals(stops[0]).name
+                raise Stopped(f"{name} after step {step}: saved {path}; --resume goes on from it")
+
+        # 8. the whole validation text, and stories
+        nats, bpb = evaluate(loss_sum, val, token_bytes, limit=len(data.val))
+        entry = {"step": config.max_steps, "val_nats": nats, "val_bpb": bpb}
+        metrics.write(json.dumps(entry) + "\n")
+    seconds = seconds_before + time.perf_counter() - started
+    if config.data == "stories":
+        texts = write_stories(model, vocabulary, config, count=SAMPLED_STORIES)
+        sound = count_sound(texts)
+        print(f"sound    {sound} of {len(texts)} sampled stories break no rule of the grammar")
+    else:
+        texts = write_stories(model, vocabulary, config)
+    print(f"sample   (temperature {config.temperature}, min_p {config.min_p})\n\n{texts[0]}\n")
+    results = {
+        "val_nats": nats,
+        "floor_nats": floor,
+        "val_bpb": bpb,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": meter.tokens_per_second,
+        "mfu_percent": meter.mfu_percent,
+        "peak_memory_gb": peak_memory_gb(device),
+        "parameters": gpt.parameter_count(model.config),
+    }
+    results = {name: value for name, value in results.items() if value is not None}
+    for name, value in results.items():
+        print(f"{name}: {value}")
+    return results
+
+
+def continue_text(config: Config) -> None:
+    """Prints how the model in --out goes on from --sample."""
+    folder = Path(config.out)
+    state = load_checkpoint(folder) if folder.is_dir() else None
+    if state is None:
+        raise RunError(f"--sample: no checkpoint in {folder}; train first, or give its --out")
+    vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+    model = build(config, vocabulary)
+    model.load_state_dict(state["model"])
+    model.to(pick_device(config.device))
+    print(write_stories(model, vocabulary, config, config.sample)[0])
+
+
+# The command line: every field of Config is a flag
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise RunError(message)
+
+
+def read_flags(argv: list[str]) -> dict:
+    """The fields that were given, by name.
+
+    Raises: RunError for an unknown flag, naming the nearest one, and for a wrong type.
+    """
+    source = inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+    parser = Parser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,  # "--l 3" would silently mean --learning-rate
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, kind in typing.get_type_hints(Config).items():
+        flag, about = "--" + name.replace("_", "-"), comments.get(name, "").replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        else:
+            kind = (typing.get_args(kind) or (kind,))[0]  # str | None -> str
+            parser.add_argument(flag, type=kind, help=about, metavar=kind.__name__.upper())
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+        raise RunError(f"unknown argument {unknown[0]}{hint}")
+    return vars(given)
+
+
+def resolve(flags: dict) -> Config:
+    """The config that the flags ask for: a stored run's or a preset's, with the flags on top."""
+    machine = "tinystories" if torch.cuda.is_available() else "stories"
+    preset = flags.get("preset", machine)
+    check(preset in PRESETS, "preset", preset, "one of " + ", ".join(PRESETS))
+    base = {"preset": preset, **PRESETS[preset]}
+    if flags.get("resume") or flags.get("sample") is not None:
+        folder = Path(flags.get("out", base.get("out", Config.out)))
+        base |= {k: v for k, v in (stored_config(folder) or {}).items() if k not in
+                 ("resume", "sample", "out")}  # fmt: skip
+    return Config(**base | flags)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        config = resolve(read_flags(argv))
+        if config.sample is not None:
+            continue_text(config)
+            return 0
+        has = "a GPU" if torch.cuda.is_available() else "no GPU"
+        print(f"preset   {config.preset}: this machine has {has}; --preset NAME for another")
+        train(config)
+        return 0
+    except (RunError, tinystories.DownloadError) as error:
+        print(f"06_train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(f"stopped  {stopped or 'before the first step; nothing is lost'}")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,401 @@
+"""Tests of 06_train.py: exact resume through kills, damaged files, clear errors, figures that add up.
+
+Run: python -m pytest tests/test_06_train.py
+"""
+
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import batches, bpe, stories
+
+train = importlib.import_module("06_train")
+gpt = importlib.import_module("03_gpt")
+
+# a few seconds of training that take every path: several epochs, evaluations, checkpoints
+SMALL = """--model 1m --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
+--warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500 --checkpoint-every 1
+--device cpu""".split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_corpus():
+    """Fewer stories to validate on and to write: the tests are about the loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VAL_STORIES", 20)
+        patch.setattr(train, "SAMPLED_STORIES", 4)
+        yield
+
+
+def flags(cache, out, *more):
+    return [*SMALL, "--cache", str(cache), "--out", str(out), *map(str, more)]
+
+
+def run(capsys, cache, out, *more):
+    """Exit status, standard output, standard error of a run in this process."""
+    capsys.readouterr()
+    status = train.main(flags(cache, out, *more))
+    return status, *capsys.readouterr()
+
+
+def numbers_of(out):
+    """What a run leaves: its metrics, and all tensors of its last checkpoint."""
+    state = train.load_checkpoint(out)
+    tensors = dict(state["model"])
+    for i, moments in state["optimizer"]["state"].items():
+        tensors |= {f"{i}.{name}": value for name, value in moments.items()}
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return metrics, tensors
+
+
+def assert_same(out, reference):
+    metrics, tensors = numbers_of(out)
+    wanted_metrics, wanted_tensors = reference
+    assert metrics == wanted_metrics
+    assert tensors.keys() == wanted_tensors.keys()
+    assert all(torch.equal(tensors[name], wanted_tensors[name]) for name in tensors)
+
+
+@pytest.fixture(scope="module")
+def reference(cache, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert train.main(flags(cache, out)) == 0
+    return numbers_of(out)
+
+
+# a run that is stopped and resumed
+
+
+def child(argv, limit=None):
+    """Runs in a process of its own; `limit` is the largest file it may write, in bytes."""
+    train.VAL_STORIES, train.SAMPLED_STORIES = 20, 4
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    raise SystemExit(train.main(argv))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a run in a process whose parent has imported torch already, to save its seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "06_train"])
+
+    def start(argv, limit=None):
+        process = context.Process(target=child, args=(argv, limit))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_train_killed_at_random_moments_gives_the_same_numbers(
+    seed, start, cache, reference, tmp_path
+):
+    rng, out, during_write = random.Random(seed), tmp_path / "run", 0
+    for kill in range(10):
+        process = start(flags(cache, out, "--resume"))
+        while not list(out.glob("step-*")) and process.is_alive():
+            time.sleep(0.005)  # the first kill waits for the first checkpoint
+        if kill % 3 == 2:  # every third waits for a checkpoint to be half written
+            deadline = time.monotonic() + 20
+            while not (out / "checkpoint.part").exists() and time.monotonic() < deadline:
+                pass
+        else:
+            time.sleep(rng.uniform(0, 2))
+        process.kill()
+        process.join()
+        during_write += (out / "checkpoint.part").exists()
+    assert during_write > 0
+    process = start(flags(cache, out, "--resume"))
+    process.join()
+    assert process.exitcode == 0
+    assert_same(out, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_saves_on_signals_and_goes_on(number, start, cache, reference, tmp_path):
+    out = tmp_path / "run"
+    process = start(flags(cache, out, "--checkpoint-every", 1000))
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 130
+    assert 0 < train.load_checkpoint(out)["step"] < 40
+    assert train.main(flags(cache, out, "--resume")) == 0
+    assert_same(out, reference)
+
+
+def test_train_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(
+    capsys, cache, reference, tmp_path
+):
+    out = tmp_path / "run"
+    status, stdout, _ = run(capsys, cache, out, "--resume")
+    assert status == 0 and "resume " not in stdout
+    assert_same(out, reference)
+    status, stdout, _ = run(capsys, cache, out, "--resume")
+    assert status == 0 and "resume   at step 40" in stdout
+    assert_same(out, reference)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "changed", "not a checkpoint"])
+def test_train_passes_over_a_damaged_checkpoint(damage, capsys, cache, reference, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, cache, out)
+    newest, before = train.checkpoint_files(out)
+    content = newest.read_bytes()
+    if damage == "changed":
+        damaged = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    else:
+        damaged = {"truncated": content[: len(content) // 2], "empty": b""}.get(damage, b"hello")
+    newest.write_bytes(damaged)
+    if damage == "not a checkpoint":  # its checksum is right, and still it is none
+        newest.rename(newest.with_name(f"step-00000040-{train.checksum(newest)}.pt"))
+    status, stdout, _ = run(capsys, cache, out, "--resume")
+    assert status == 0
+    assert "is damaged" in stdout and f"resume   at step {int(before.stem.split('-')[1])}" in stdout
+    assert_same(out, reference)
+
+
+class Trap:
+    """Unpickling this would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_load_checkpoint_executes_no_code(capsys, cache, tmp_path):
+    out, mark = tmp_path / "run", tmp_path / "mark"
+    out.mkdir()
+    for save in (lambda f: torch.save({"step": Trap(mark)}, f), lambda f: pickle.dump(Trap(mark), f)):
+        with open(out / "trap", "wb") as file:
+            save(file)
+        (out / "trap").rename(out / f"step-00000001-{train.checksum(out / 'trap')}.pt")
+        assert train.load_checkpoint(out) is None
+        assert "is damaged" in capsys.readouterr().out
+    assert not mark.exists()
+
+
+def test_train_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(
+    start, cache, reference, tmp_path, capfd
+):
+    out = tmp_path / "run"
+    process = start(flags(cache, out, "--checkpoint-every", 1000))
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    (saved,) = train.checkpoint_files(out)
+    process = start(flags(cache, out, "--resume"), limit=200_000)
+    process.join()
+    assert process.exitcode == 2
+    assert "no checkpoint could be written" in capfd.readouterr().err
+    assert train.checkpoint_files(out) == [saved] and not (out / "checkpoint.part").exists()
+    assert train.main(flags(cache, out, "--resume")) == 0
+    assert_same(out, reference)
+
+
+def test_train_accumulation_gives_the_same_gradient(capsys, cache, reference, tmp_path):
+    run(capsys, cache, tmp_path / "run", "--accumulate", 2)
+    metrics, _ = numbers_of(tmp_path / "run")
+    first = [entry["loss"] for entry in metrics if "loss" in entry][:10]
+    wanted = [entry["loss"] for entry in reference[0] if "loss" in entry][:10]
+    assert first == pytest.approx(wanted, abs=1e-3)  # float32 sums in another order, 10 updates on
+
+
+# figures
+
+
+def test_results_add_up(capsys, cache, tmp_path):
+    status, stdout, _ = run(capsys, cache, tmp_path / "run")
+    figures = dict(re.findall(r"^(\w+): (\S+)$", stdout, flags=re.MULTILINE))
+    assert status == 0
+    assert list(figures) == [
+        "val_nats", "floor_nats", "val_bpb", "tokens", "seconds", "tokens_per_second",
+        "peak_memory_gb", "parameters",
+    ]  # fmt: skip
+    losses = [float(loss) for loss in re.findall(r"\| loss (\S+) nats", stdout)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.05) and losses[-1] < losses[0] - 1
+
+    # the same three figures from the checkpoint, torch's loss, and one story at a time
+    vocabulary = bpe.Vocabulary.load(tmp_path / "run" / "vocabulary.json")
+    config = gpt.GPTConfig(**{**vars(gpt.PRESETS["1m"]), "vocab_size": 300, "seq_len": 64})
+    model = gpt.GPT(config)
+    model.load_state_dict(train.load_checkpoint(tmp_path / "run")["model"])
+    drawn = list(stories.corpus(20, seed=1))
+    ids = [vocabulary.end]
+    for text, _ in drawn:
+        ids += [*vocabulary.encoding().encode_ordinary(text), vocabulary.end]
+    ids = np.array(ids)
+    total = 0.0
+    starts, lengths = batches.story_rows(ids.astype(np.uint16), vocabulary.end, 64)
+    with torch.no_grad():
+        for first, n in zip(starts, lengths):
+            row = torch.from_numpy(ids[first : first + n + 1].astype(np.int64))
+            total += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
+    assert float(figures["val_nats"]) == pytest.approx(total / (len(ids) - 1), abs=1e-4)
+    text_bytes = sum(len(text.encode()) for text, _ in drawn)
+    assert float(figures["val_bpb"]) == pytest.approx(total / math.log(2) / text_bytes, abs=1e-4)
+    floor = -sum(log_probability for _, log_probability in drawn) / (len(ids) - 1)
+    assert float(figures["floor_nats"]) == pytest.approx(floor, abs=1e-9)
+
+
+def test_sample_continues_the_prompt(capsys, cache, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, cache, out)
+    status, stdout, _ = run(capsys, cache, out, "--sample", "Once upon a time,")
+    assert status == 0 and stdout.startswith("Once upon a time,") and len(stdout) > 30
+    assert run(capsys, cache, out, "--sample", "Once upon a time,")[1] == stdout
+    assert run(capsys, cache, out, "--sample", "Once upon a time,", "--seed", 0)[1] == stdout
+
+
+def test_train_on_a_file(capsys, cache, tmp_path):
+    text = "\n<|endoftext|>\n".join(story for story, _ in stories.corpus(300, seed=7))
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    status, stdout, _ = run(capsys, cache, tmp_path / "run", "--data", path)
+    assert status == 0 and "floor_nats" not in stdout and "mine.txt" in stdout
+
+
+@pytest.mark.parametrize("rows", ["stories", "blocks"])
+def test_train_counts_tokens(rows, capsys, cache, tmp_path):
+    _, stdout, _ = run(capsys, cache, tmp_path / "run", "--rows", rows, "--max-steps", 5)
+    tokens = int(re.search(r"^tokens: (\d+)$", stdout, flags=re.MULTILINE)[1])
+    assert tokens == 5 * 4 * 64 if rows == "blocks" else 0 < tokens <= 5 * 4 * 64
+
+
+# errors: one line, exit status 2, nothing lost
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        (["--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["--l", "1"], "unknown argument --l"),
+        (["--frobnicate"], "--help lists the flags"),
+        (["--max-steps", "many"], "--max-steps"),
+        (["--max-steps"], "--max-steps"),
+        (["--max-steps", 0], "--max-steps 0: wanted at least 1"),
+        (["--batch-size", 3, "--accumulate", 2], "a multiple of accumulate=2"),
+        (["--warmup-steps", 41], "at most max_steps=40"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--beta2", 1], "--beta2 1"),
+        (["--model", "9b"], "one of 27m, 8m, 1m"),
+        (["--preset", "large"], "one of stories, tinystories"),
+        (["--schedule", "magic"], "wsd"),
+        (["--vocab-size", 100_000], "257 to 65536"),
+        (["--device", "quantum"], "try --device cpu"),
+        (["--data", "no/such/file.txt"], "no such file"),
+        (["--sample", "x"], "train first"),
+    ],
+)
+def test_wrong_flags_are_one_line(more, wanted, capsys, cache, tmp_path):
+    status, _, stderr = run(capsys, cache, tmp_path / "run", *more)
+    assert status == 2
+    assert wanted in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        (b"", "mine.txt"),
+        (b"   \n", "mine.txt"),
+        (b"A file without separators. " * 50, "<|endoftext|>"),
+        (b"One.\n<|endoftext|>\n\xff\xfe\n<|endoftext|>\nTwo.", "UTF-8"),
+        (b"One.\n<|endoftext|>\nTwo.\n", "validat"),
+    ],
+    ids=["empty", "blank", "no separator", "not UTF-8", "two stories"],
+)
+def test_wrong_files_are_one_line(content, wanted, capsys, cache, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    status, _, stderr = run(capsys, cache, tmp_path / "run", "--data", path)
+    assert status == 2
+    assert wanted in stderr and "mine.txt" in stderr and stderr.count("\n") == 1, stderr
+    assert not list(cache.glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "other vocabulary", "json", "missing", "vocabulary"])
+def test_damaged_token_files_are_one_line(damage, capsys, tmp_path):
+    cache = tmp_path / "cache"
+    run(capsys, cache, tmp_path / "run", "--max-steps", 4)
+    (folder,) = cache.glob("tokens-*")
+    binary, described = folder / "train.bin", folder / "train.json"
+    if damage == "cut":
+        binary.write_bytes(binary.read_bytes()[:-10])
+    elif damage == "other vocabulary":
+        about = json.loads(described.read_text())
+        described.write_text(json.dumps(about | {"vocabulary": "0" * 64}))
+    elif damage == "json":
+        described.write_text(described.read_text()[:20])
+    elif damage == "missing":
+        binary.unlink()
+    else:
+        (folder / "vocabulary.json").write_text("{")
+    before = sorted((tmp_path / "run").iterdir())
+    status, _, stderr = run(capsys, cache, tmp_path / "run", "--max-steps", 4, "--resume")
+    assert status == 2
+    assert "delete" in stderr and stderr.count("\n") == 1, stderr
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+def test_out_of_another_run_is_refused(capsys, cache, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, cache, out, "--max-steps", 4)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more, wanted in (
+        ([], "--resume"),
+        (["--seed", 5], "seed=0, not 5"),
+        (["--seed", 5, "--resume"], "seed=0, not 5"),
+    ):
+        status, _, stderr = run(capsys, cache, out, "--max-steps", 4, *more)
+        assert status == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("")
+    status, _, stderr = run(capsys, cache, tmp_path / "photos")
+    assert status == 2 and "not empty and not a run" in stderr
+    (tmp_path / "file").write_text("")
+    status, _, stderr = run(capsys, cache, tmp_path / "file")
+    assert status == 2 and "choose another folder" in stderr
+
+
+def test_diverging_loss_is_one_line(capsys, cache, tmp_path):
+    more = ["--learning-rate", "1e30", "--warmup-steps", 0, "--grad-clip", 0]
+    status, _, stderr = run(capsys, cache, tmp_path / "run", *more)
+    assert status == 2 and "lower --learning-rate" in stderr
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name in train.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert "folder of this run" in text
