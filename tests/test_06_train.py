@@ -27,7 +27,7 @@ train = importlib.import_module("06_train")
 gpt = importlib.import_module("03_gpt")
 
 # a few seconds of training that take every path: several epochs, evaluations, checkpoints
-SMALL = """--model 1m --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
+SMALL = """--model 0.5m --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
 --warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500 --checkpoint-every 1
 --device cpu""".split()
 
@@ -243,7 +243,7 @@ def test_results_add_up(capsys, cache, tmp_path):
 
     # the same three figures from the checkpoint, torch's loss, and one story at a time
     vocabulary = bpe.Vocabulary.load(tmp_path / "run" / "vocabulary.json")
-    config = gpt.GPTConfig(**{**vars(gpt.PRESETS["1m"]), "vocab_size": 300, "seq_len": 64})
+    config = gpt.GPTConfig(**{**vars(gpt.PRESETS["0.5m"]), "vocab_size": 300, "seq_len": 64})
     model = gpt.GPT(config)
     model.load_state_dict(train.load_checkpoint(tmp_path / "run")["model"])
     drawn = list(stories.corpus(20, seed=1))
@@ -304,7 +304,7 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--warmup-steps", 41], "at most max_steps=40"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
         (["--beta2", 1], "--beta2 1"),
-        (["--model", "9b"], "one of 27m, 8m, 1m"),
+        (["--model", "9b"], "one of 27m, 8m, 0.5m"),
         (["--preset", "large"], "one of stories, tinystories"),
         (["--schedule", "magic"], "wsd"),
         (["--vocab-size", 100_000], "257 to 65536"),
