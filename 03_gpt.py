@@ -22,7 +22,8 @@ M = d_mlp, V vocabulary.
 Start: output projections (W_out, W_down) begin at zero, so the first forward pass is the
 embedding followed by the head. With tied weights such a model echoes its input: the logit of the
 input token is sqrt(C) * |E_i|, about C * std. At std 0.02 and C 512 that is 10, and the first
-loss is 10.4 instead of ln V = 8.3; `EMBEDDING_STD` 0.005 makes it ln V to within 0.01.
+loss is 10.4 instead of ln V = 8.3. Std 2.5 / C keeps that logit at 2.5 and the loss at ln V to
+within 0.05; a smaller one would leave the layers' first outputs to drown the embedding.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
 RoPE: Su et al. 2021 (2104.09864), in the half-split form of GPT-NeoX and Llama; SwiGLU: Shazeer
@@ -47,8 +48,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WEIGHT_SCALE = 0.5  # std of the other matrices is 0.5 / sqrt(C): 0.022 at C = 512; GPT-2 has 0.02
-EMBEDDING_STD = 0.005  # see "Start" above
+WEIGHT_SCALE = 0.5  # std of a matrix, times sqrt(C): 0.022 at C = 512, where GPT-2 has 0.02
+EMBEDDING_SCALE = 2.5  # std of the embedding, times C: see "Start" above
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ PRESETS = {
     "27m": GPTConfig(),
     "8m": GPTConfig(n_layer=6, n_head=4, n_kv_head=2, d_model=320, d_mlp=896),
     "0.5m": GPTConfig(
-        vocab_size=1024, seq_len=256, n_layer=2, n_head=4, n_kv_head=4, d_model=128, d_mlp=384
+        vocab_size=1024, seq_len=256, n_layer=2, n_head=4, n_kv_head=4, d_model=128, d_mlp=256
     ),
 }
 
@@ -295,7 +296,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         std = WEIGHT_SCALE / math.sqrt(config.d_model)
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_SCALE / config.d_model)
         for block in self.blocks:
             nn.init.normal_(block.attention.qkv.weight, std=std)
             nn.init.normal_(block.mlp.gate_up.weight, std=std)
@@ -486,7 +487,7 @@ def demo() -> None:
             f"{loss:16.4f} {math.log(config.vocab_size):11.4f}"
         )
         assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-        assert abs(loss - math.log(config.vocab_size)) < 0.02, "a fresh model should know nothing"
+        assert abs(loss - math.log(config.vocab_size)) < 0.05, "a fresh model should know nothing"
 
     # one repeated row is learned by heart, which shows that gradients reach what they must
     model, ids = GPT(PRESETS["0.5m"]), torch.randint(1024, (1, 65))

@@ -105,7 +105,7 @@ class Config:
     batch_size: int = 8  # B, rows per step
     accumulate: int = 1  # micro-batches that a step's rows are split into, to save memory
     max_steps: int = 1200  # steps in all
-    learning_rate: float = 6e-3  # peak
+    learning_rate: float = 1e-2  # peak
     schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
     warmup_steps: int = 30  # steps
     weight_decay: float = 0.1  # on matrices
@@ -116,7 +116,7 @@ class Config:
     eval_every: int = 400  # steps
     eval_tokens: int = 20_000  # validation tokens scored while training; at the end: all
     checkpoint_every: int = 400  # steps
-    temperature: float = 1.0  # of samples
+    temperature: float = 0.5  # of samples
     min_p: float = 0.1  # of samples: tokens less likely than this share of the likeliest are cut
 
     def __post_init__(self):
