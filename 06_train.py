@@ -337,9 +337,12 @@ def prepare(config: Config) -> Data:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         print(f"data     prepared in {time.perf_counter() - started:.1f} s, kept in {folder}")
-    vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
-    train, about_train = batches.open_tokens(folder / "train", vocabulary.hash)
-    val, about_val = batches.open_tokens(folder / "val", vocabulary.hash)
+    try:
+        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+        train, about_train = batches.open_tokens(folder / "train", vocabulary.hash)
+        val, about_val = batches.open_tokens(folder / "val", vocabulary.hash)
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(f"{error}; delete {folder} to have it made again") from error
     return Data(vocabulary, train, val, about_train, about_val)
 
 
@@ -610,7 +613,7 @@ def train(config: Config) -> dict[str, float]:
     # 1. data: rows of tokens, a batch of them for each step
     try:
         data = prepare(config)
-    except (ValueError, FileNotFoundError) as error:  # the text, or tokens made of it earlier
+    except ValueError as error:  # the text is not as wanted
         raise RunError(str(error)) from error
     vocabulary, end = data.vocabulary, data.vocabulary.end
     folder.mkdir(parents=True, exist_ok=True)

@@ -108,22 +108,19 @@ def open_tokens(path: Path, vocabulary: str) -> tuple[np.ndarray, TokenFile]:
     binary, described = path.with_suffix(".bin"), path.with_suffix(".json")
     for file in (binary, described):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing; delete {path}.* to have it made again")
+            raise FileNotFoundError(f"{file} is missing")
     try:
         about = TokenFile(**json.loads(described.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{described} is damaged ({error}); delete {path}.* to have it made again"
-        ) from error
+        raise ValueError(f"{described} is damaged: {error}") from error
     if about.vocabulary != vocabulary:
         raise ValueError(
-            f"{binary} was made with vocabulary {about.vocabulary[:12]}, wanted {vocabulary[:12]}; "
-            f"delete {path}.* to have it made again"
+            f"{binary} was made with vocabulary {about.vocabulary[:12]}, wanted {vocabulary[:12]}"
         )
     if binary.stat().st_size != 2 * about.tokens:
         raise ValueError(
             f"{binary} has {binary.stat().st_size} bytes, wanted {2 * about.tokens} for "
-            f"{about.tokens} tokens; delete {path}.* to have it made again"
+            f"{about.tokens} tokens"
         )
     # mode "c": torch wants writable memory; writes, which nobody does, would not reach the file
     return np.memmap(binary, dtype=np.uint16, mode="c"), about

@@ -1,4 +1,4 @@
-"""Tests of 06_train.py: exact resume through kills, damaged files, clear errors, figures that add up.
+"""Tests of 06_train.py: exact resume through kills, damaged files, clear errors, right figures.
 
 Run: python -m pytest tests/test_06_train.py
 """
@@ -191,7 +191,8 @@ class Trap:
 def test_load_checkpoint_executes_no_code(capsys, cache, tmp_path):
     out, mark = tmp_path / "run", tmp_path / "mark"
     out.mkdir()
-    for save in (lambda f: torch.save({"step": Trap(mark)}, f), lambda f: pickle.dump(Trap(mark), f)):
+    saves = [lambda f: torch.save({"step": Trap(mark)}, f), lambda f: pickle.dump(Trap(mark), f, 2)]
+    for save in saves:
         with open(out / "trap", "wb") as file:
             save(file)
         (out / "trap").rename(out / f"step-00000001-{train.checksum(out / 'trap')}.pt")
@@ -239,7 +240,7 @@ def test_results_add_up(capsys, cache, tmp_path):
         "peak_memory_gb", "parameters",
     ]  # fmt: skip
     losses = [float(loss) for loss in re.findall(r"\| loss (\S+) nats", stdout)]
-    assert losses[0] == pytest.approx(math.log(300), abs=0.05) and losses[-1] < losses[0] - 1
+    assert losses[0] == pytest.approx(math.log(300), abs=0.1) and losses[-1] < losses[0] - 1
 
     # the same three figures from the checkpoint, torch's loss, and one story at a time
     vocabulary = bpe.Vocabulary.load(tmp_path / "run" / "vocabulary.json")
