@@ -23,7 +23,7 @@ Start: output projections (W_out, W_down) begin at zero, so the first forward pa
 embedding followed by the head. With tied weights such a model echoes its input: the logit of the
 input token is sqrt(C) * |E_i|, about C * std. At std 0.02 and C 512 that is 10, and the first
 loss is 10.4 instead of ln V = 8.3. Std 2.5 / C keeps that logit at 2.5 and the loss at ln V to
-within 0.05; a smaller one would leave the layers' first outputs to drown the embedding.
+within 0.05. A smaller one loses more later: a few updates on, the outputs of the layers drown it.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
 RoPE: Su et al. 2021 (2104.09864), in the half-split form of GPT-NeoX and Llama; SwiGLU: Shazeer
@@ -388,6 +388,17 @@ HUGGINGFACE_FIELDS = {
 }
 
 
+HUGGINGFACE_PLAIN = {  # what this file does not vary; each with the values that say so
+    "rope_scaling": (None,),
+    "rope_type": ("default", None),
+    "partial_rotary_factor": (1.0, None),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+}
+
+
 def huggingface_layout(config: GPTConfig) -> dict[str, dict[str, int]]:
     """For each tensor of ours the names of theirs that, stacked by rows, make it, with rows."""
     c, m, kv_width = config.d_model, config.d_mlp, config.n_kv_head * config.head_dim
@@ -453,11 +464,14 @@ def from_huggingface(folder: str | Path) -> GPT:
     described = json.loads((folder / "config.json").read_text())
     described |= described.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
     kind, tied = described.get("model_type"), described.get("tie_word_embeddings")
-    if kind not in ("llama", "qwen3") or not tied or described.get("rope_scaling"):
+    if kind not in ("llama", "qwen3") or not tied:
         raise ValueError(
-            f"{folder}: model_type={kind!r}, tie_word_embeddings={tied}, rope_scaling="
-            f"{described.get('rope_scaling')}; wanted 'llama' or 'qwen3', tied, no scaling"
+            f"{folder}: model_type={kind!r}, tie_word_embeddings={tied}; "
+            "wanted 'llama' or 'qwen3' with tied embeddings"
         )
+    for name, plain in HUGGINGFACE_PLAIN.items():
+        if described.get(name, plain[0]) not in plain:
+            raise ValueError(f"{folder}: {name}={described[name]!r}; wanted {plain[0]!r}")
     fields = {ours: described.get(theirs) for ours, theirs in HUGGINGFACE_FIELDS.items()}
     head_dim = fields.pop("head_dim")
     config = GPTConfig(**fields, qk_norm=kind == "qwen3")

@@ -19,7 +19,7 @@ What one step computes, for a batch of rows x with targets y, N of them not padd
 Losses are printed in nats per token and in bits per byte of story text (bpb); only the second may
 be compared between tokenisers. Validation scores every token of the validation text once, in
 rows that begin with a story. For the built-in stories the exact entropy of the same text is
-printed beside the loss: no model can be below that floor on average.
+printed beside the loss: no model's expected loss is below that floor.
 
 A run lives in its `--out` folder: config.json, vocabulary.json, metrics.jsonl, and the newest
 checkpoints. A checkpoint holds all that the next step depends on, and the data position is
@@ -53,6 +53,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -78,7 +79,7 @@ VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
 UNTIMED_STEPS = 3  # after a start: they compile, allocate and warm caches
 # dense bfloat16 TFLOP/s from the makers' data sheets, by a part of the name that torch reports
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "RTX 4090": 165, "RTX 5090": 209.5}
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4 ": 121, "RTX 4090": 165, "RTX 5090": 209.5}
 
 
 class RunError(Exception):
@@ -126,6 +127,8 @@ class Config:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         check(257 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size, "257 to 65536")
@@ -212,10 +215,10 @@ def device_name(device: torch.device) -> str:
     return f"CPU with {torch.get_num_threads()} threads"
 
 
-def peak_tflops(device: torch.device) -> int | None:
+def peak_tflops(device: torch.device) -> float | None:
     """Dense bfloat16 TFLOP/s of the GPU, or None where it is not known."""
     name = device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name + " "), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -316,8 +319,8 @@ def prepare(config: Config) -> Data:
     folder = cache / f"tokens-{key}"
     if not folder.exists():
         started = time.perf_counter()
-        part = cache / f"tokens-{key}.{os.getpid()}.part"
-        part.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"tokens-{key}.", suffix=".part", dir=cache))
         try:
             vocabulary = bpe.train(text.train(), config.vocab_size)
             vocabulary.save(part / "vocabulary.json")
@@ -333,7 +336,8 @@ def prepare(config: Config) -> Data:
                     source=f"{text.name}, {name}",
                     total_nats=nats,
                 )
-            part.rename(folder)
+            if not folder.exists():  # or another run has made the same in the meantime
+                part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         print(f"data     prepared in {time.perf_counter() - started:.1f} s, kept in {folder}")
@@ -650,7 +654,7 @@ def train(config: Config) -> dict[str, float]:
     )
     print(f"expect   {math.log(vocabulary.size):.4f} nats at step 0 (ln V)", end="")
     floor = data.about_val.floor_nats
-    print("" if floor is None else f", and never less than {floor:.4f} on the validation stories")
+    print("" if floor is None else f", and at best about {floor:.4f} at the end, the floor")
 
     def loss_sum(x: Tensor, y: Tensor) -> Tensor:
         """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
@@ -697,10 +701,12 @@ def train(config: Config) -> dict[str, float]:
 
             # 6. log: only here and at checkpoints does the host wait for the device
             logging = step % config.log_every == 0
-            saving = done % config.checkpoint_every == 0 or done == config.max_steps or stops
-            if (logging or saving) and not math.isfinite(loss.item()):
+            stopping = bool(stops)
+            saving = done % config.checkpoint_every == 0 or done == config.max_steps or stopping
+            if (logging or saving) and not math.isfinite(loss.item() + norm.item()):
                 raise RunError(
-                    f"the loss is {loss.item()} at step {step}; try a lower --learning-rate"
+                    f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; try a "
+                    "lower --learning-rate in another --out"
                 )
             meter.add(count, time.perf_counter() - began)
             if logging:
@@ -730,7 +736,7 @@ def train(config: Config) -> dict[str, float]:
                         "config": asdict(config),
                     },
                 )
-            if stops and done < config.max_steps:
+            if stopping and done < config.max_steps:
                 name = signal.Signals(stops[0]).name
                 raise Stopped(f"{name} after step {step}: saved {path}; --resume goes on from it")
 
@@ -840,8 +846,11 @@ def main(argv: list[str]) -> int:
     except (RunError, tinystories.DownloadError) as error:
         print(f"06_train.py: error: {error}", file=sys.stderr)
         return 2
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"stopped  {stopped or 'before the first step; nothing is lost'}")
+    except Stopped as stopped:
+        print(f"stopped  {stopped}")
+        return 130
+    except KeyboardInterrupt:
+        print("stopped  at once; what the run has saved is there for --resume")
         return 130
 
 

@@ -6,7 +6,7 @@ taken with probability 1/n, and no two derivations give the same text, so
     log p(text)  =  - sum over the choices made of ln n                                    nats
     H(rule)      =  ln n + 1/n * sum over its alternatives of (sum of H of the rules in it)
 
-H("story") is the entropy of the corpus: no model's mean loss per story can go below it. Measured
+H("story") is the entropy of the corpus: no model's expected loss per story is below it. Measured
 on given stories the floor is their mean -log p, and "how far from optimal" becomes a number.
 
 What makes a model work for it is agreement over the whole story: he, she and they follow the
@@ -255,7 +255,7 @@ GRAMMAR = {
         "So {hero} hurried home and {promise.past}. {parent} smiled. \"You kept your word,\" "
         "{parent.he} said.",
         "Before bedtime, {hero} {promise.past}, just as {hero.he} had promised {parent}.",
-        "At home, {hero} {promise.past} without being told. {parent} was proud and gave {hero.him} "
+        "At home, {hero} {promise.past} without being reminded. {parent} was proud and gave {hero.him} "
         "a {treat}.",
         "That night, {hero} {promise.past}. \"Thank you for keeping your promise,\" said {parent}.",
     ],
@@ -267,10 +267,10 @@ GRAMMAR = {
         "them in a {container=container}.",
         "Soon, {hero} had {number=number} {items=items @place} in a {container=container}, and "
         "{friend} had none.",
-        "\"Look, {number=number} {items=items @place}!\" said {hero}, and laid them in a "
+        "\"Look, {number=number} {items=items @place}!\" said {hero}, and put them all in a "
         "{container=container}.",
     ],
-    "number": NUMBERS[2:],
+    "number": NUMBERS[3:],
     "container": "bucket basket box jar sack cap bowl pouch".split(),
     "share": [
         "{friend} looked {sad}. So {hero} gave {friend.him} one {items.one}. Now there were "
@@ -278,8 +278,8 @@ GRAMMAR = {
         "\"Please take one {items.one},\" said {hero}. {friend} smiled. That left {number.less} "
         "{items} in the {container}.",
         "{friend} asked for one of the {items}. {hero} nodded and kept {number.less}.",
-        "A {size} {animal=animal} came and stole one {items.one}. {hero} laughed, because "
-        "{number.less} were still enough.",
+        "{hero} gave one {items.one} to a {size} {animal=animal} that came by and kept "
+        "{number.less}.",
     ],
     "recount": [
         "At the door, a neighbor asked how many {items} were in the {container}. "

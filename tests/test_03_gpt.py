@@ -100,6 +100,9 @@ def test_from_huggingface_names_what_it_cannot_load(tmp_path):
         {"tie_word_embeddings": False},
         {"head_dim": 8},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
     ):
         (tmp_path / "config.json").write_text(json.dumps(described | change))
         with pytest.raises(ValueError, match="wanted"):

@@ -305,6 +305,7 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--warmup-steps", 41], "at most max_steps=40"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
         (["--beta2", 1], "--beta2 1"),
+        (["--temperature", -1], "--temperature -1"),
         (["--model", "9b"], "one of 27m, 8m, 0.5m"),
         (["--preset", "large"], "one of stories, tinystories"),
         (["--schedule", "magic"], "wsd"),
