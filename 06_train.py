@@ -79,7 +79,9 @@ VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
 UNTIMED_STEPS = 3  # after a start: they compile, allocate and warm caches
 # dense bfloat16 TFLOP/s from the makers' data sheets, by a part of the name that torch reports
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4 ": 121, "RTX 4090": 165, "RTX 5090": 209.5}
+PEAK_TFLOPS = {
+    "H200": 989, "H100": 989, "A100": 312, "L4 ": 121, "RTX 4090": 165, "RTX 5090": 209.5,
+}
 
 
 class RunError(Exception):

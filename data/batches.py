@@ -22,9 +22,12 @@ set lies on the GPU (2 bytes a token: TinyStories is 1.1 GB) and so does the gat
 
 Letters: B rows, T positions, R rows in an epoch.
 
-Run: `python data/batches.py` (CPU, under 2 s on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python data/batches.py` (CPU, about 6 s on 2 cores of an AMD EPYC (Zen 3)) prints
 
-@OUTPUT@
+    790,959 tokens, 5,000 stories, 1,581,918 bytes
+    stories   4,636 rows, 66.6% filled,  83.4% begin with a story,  7964 us a batch of 16
+    blocks    3,090 rows, 100.0% filled,   0.6% begin with a story,  7797 us a batch of 16
+    ok: either way each token is a target exactly once per epoch
 """
 
 from __future__ import annotations

@@ -29,9 +29,25 @@ does: `Words: ...`, `Features: ...`, `Story: ...`; `check` tells whether a story
 Sources: the manner of the stories and the instruct form follow Eldan & Li 2023 (arXiv 2305.07759);
 the entropy of a grammar by recursion: Grenander 1967.
 
-Run: `python data/stories.py` (CPU, @SECONDS@ on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python data/stories.py` (CPU, about 3 s on 2 cores of an AMD EPYC (Zen 3)) prints
 
-@OUTPUT@
+    In a small town, there were shy twins named Milo and Nick. More than anything, they liked
+    planting seeds. It was a gray Saturday. "Will you clean the bedroom today?" asked Uncle Bob.
+    "Yes, we will," said Milo and Nick.
+
+    But first, they wanted to visit the market with Ned. "Look, nine ribbons!" said Milo and Nick,
+    and put them all in a box. Ned asked for one of the ribbons. Milo and Nick nodded and kept
+    eight.
+
+    That night, Milo and Nick cleaned the bedroom. "Thank you for keeping your promise," said
+    Uncle Bob. After that gray Saturday, Milo and Nick always called Ned a true friend.
+
+    20,000 stories in 1.5 s: 73 to 142 words, 743 different words; 4.8e+22 stories are possible
+    entropy 46.3366 nats a story; mean of the 20,000: 46.3460 +- 0.0296
+    with another name at the end, rule hero is broken: word 100 is Nobody, wanted Milo and Nick
+    (hero is Milo and Nick)
+    a request: 'Words: gray, brown, orchard\\nFeatures: Lost and found\\nStory: '
+    ok: every story reads back to the probability it was drawn with
 """
 
 from __future__ import annotations
@@ -255,8 +271,8 @@ GRAMMAR = {
         "So {hero} hurried home and {promise.past}. {parent} smiled. \"You kept your word,\" "
         "{parent.he} said.",
         "Before bedtime, {hero} {promise.past}, just as {hero.he} had promised {parent}.",
-        "At home, {hero} {promise.past} without being reminded. {parent} was proud and gave {hero.him} "
-        "a {treat}.",
+        "At home, {hero} {promise.past} without being reminded. {parent} was proud and gave "
+        "{hero.him} a {treat}.",
         "That night, {hero} {promise.past}. \"Thank you for keeping your promise,\" said {parent}.",
     ],
 
