@@ -231,7 +231,7 @@ def test_loss_at_step_zero_is_ln_vocabulary(name):
     with torch.no_grad():
         loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
         echo = F.cross_entropy(model(ids[:, :-1])[0], ids[0, :-1])  # does it repeat its input?
-    assert abs(loss - math.log(config.vocab_size)) < 0.05
+    assert abs(loss - math.log(config.vocab_size)) < 0.1
     assert abs(echo - loss) < 3  # with std 0.02 the input token's logit would stand out by 10
 
 
