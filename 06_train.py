@@ -32,9 +32,16 @@ Sources: the recipe (clip 1.0, betas 0.9 and 0.95, decay 0.1 on matrices only) i
 et al. 2020, arXiv 2005.14165); the warmup-stable-decay schedule MiniCPM's (Hu et al. 2024,
 2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
 
-Run: `python 06_train.py` (CPU, @SECONDS@ on 2 cores of an AMD EPYC (Zen 3), float32) ends with
+Run: `python 06_train.py` (CPU, 157 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
 
-@OUTPUT@
+    val_nats: 0.4667559642660428
+    floor_nats: 0.2867901733419835
+    val_bpb: 0.19491738557461194
+    tokens: 1520760
+    seconds: 156.9508772549998
+    tokens_per_second: 10406.219076946261
+    peak_memory_gb: 0.540463104
+    parameters: 459520
 """
 
 from __future__ import annotations
