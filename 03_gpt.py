@@ -31,7 +31,19 @@ RoPE: Su et al. 2021 (2104.09864), in the half-split form of GPT-NeoX and Llama;
 in Qwen3's form (per head, with gain, before the rotation); tied embeddings: Press & Wolf 2017
 (1608.05859); top-p: Holtzman et al. 2020 (1904.09751); min-p: Nguyen et al. 2024 (2407.01082).
 
-Run: `python 03_gpt.py` (CPU): counts and first losses, a row learned by heart, cache against none.
+Run: `python 03_gpt.py` (CPU, 9 s on 2 cores of an AMD EPYC (Zen 3)) prints, from seed 0,
+
+    preset      parameters   MFLOP/token   loss at step 0        ln V
+    27m         27,273,728         188.7           8.3207      8.3178
+    8m           8,320,000          61.7           8.3336      8.3178
+    0.5m           459,520           3.5           6.9919      6.9315
+    memorising one row of 64 tokens: step   0, loss 6.9869 nats/token
+    memorising one row of 64 tokens: step  40, loss 0.0404 nats/token
+    memorising one row of 64 tokens: step  80, loss 0.0114 nats/token
+    memorising one row of 64 tokens: step 120, loss 0.0074 nats/token
+    changing tokens 40..64 moves the logits of 0..39 by at most 0.0e+00
+    200 tokens: 0.41 s with the KV cache, 0.84 s recomputing everything
+    ok: causal, the cache changes nothing, and the row is recited from its first token
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_06_train.py
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -86,12 +87,14 @@ def reference(cache, tmp_path_factory):
 # a run that is stopped and resumed
 
 
-def child(argv, limit=None):
+def child(argv, limit, errors):
     """Runs in a process of its own; `limit` is the largest file it may write, in bytes."""
     train.VAL_STORIES, train.SAMPLED_STORIES = 20, 4
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    raise SystemExit(train.main(argv))
+    with open(errors, "w") as file, contextlib.redirect_stderr(file):
+        status = train.main(argv)
+    raise SystemExit(status)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +103,8 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "06_train"])
 
-    def start(argv, limit=None):
-        process = context.Process(target=child, args=(argv, limit))
+    def start(argv, limit=None, errors=os.devnull):
+        process = context.Process(target=child, args=(argv, limit, errors))
         process.start()
         return process
 
@@ -202,7 +205,7 @@ def test_load_checkpoint_executes_no_code(capsys, cache, tmp_path):
 
 
 def test_train_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(
-    start, cache, reference, tmp_path, capfd
+    start, cache, reference, tmp_path
 ):
     out = tmp_path / "run"
     process = start(flags(cache, out, "--checkpoint-every", 1000))
@@ -211,10 +214,10 @@ def test_train_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     (saved,) = train.checkpoint_files(out)
-    process = start(flags(cache, out, "--resume"), limit=200_000)
+    process = start(flags(cache, out, "--resume"), limit=200_000, errors=tmp_path / "errors")
     process.join()
     assert process.exitcode == 2
-    assert "no checkpoint could be written" in capfd.readouterr().err
+    assert "no checkpoint could be written" in (tmp_path / "errors").read_text()
     assert train.checkpoint_files(out) == [saved] and not (out / "checkpoint.part").exists()
     assert train.main(flags(cache, out, "--resume")) == 0
     assert_same(out, reference)
