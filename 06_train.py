@@ -29,8 +29,8 @@ not. Its name carries a checksum of its content: a file cut short is recognised 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
 Sources: clip 1.0, betas 0.9 and 0.95, decay 0.1: GPT-3 (Brown et al. 2020, arXiv 2005.14165; the
-CPU preset has beta2 0.98); decay on matrices only: nanoGPT; the warmup-stable-decay schedule MiniCPM's (Hu et al. 2024,
-2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
+CPU preset has beta2 0.98); decay on matrices only: nanoGPT; warmup-stable-decay: MiniCPM (Hu et
+al. 2024, 2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
 
 Run: `python 06_train.py` (CPU, 157 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
 
