@@ -115,7 +115,7 @@ class Config:
     batch_size: int = 8  # B, rows per step
     accumulate: int = 1  # micro-batches that a step's rows are split into, to save memory
     max_steps: int = 1200  # steps in all
-    learning_rate: float = 1e-2  # peak
+    learning_rate: float = 6e-3  # peak
     schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
     warmup_steps: int = 30  # steps
     weight_decay: float = 0.1  # on matrices
