@@ -1,0 +1,429 @@
+"""AdamW's step for a whole list of tensors in one launch, and the global norm of their gradients.
+
+For every number p with gradient g and moments m, v, at step t = 1, 2, ...:
+
+    g = k g,  k = min(1, max_norm / (norm + 1e-6))    clipping, if a norm is given
+    m = m + (1 - beta1) (g - m)
+    v = v + (1 - beta2) (g g - v)
+    p = p - lr weight_decay p - (lr c2 / c1) m / (sqrt(v) + eps c2)
+        with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t)
+
+Bytes: p, m, v read and written, g read, all float32: 28 per parameter, for about 16 FLOPs. Memory
+is the bound: 27M parameters are 756 MB, 176 us at the 4.3 TB/s of an H200. The same written as
+tensor operations passes over p, g, m, v and a temporary some eight times, about 80 bytes, and
+launches once per operation and tensor. Clipping in place would read and write g once more, 8
+bytes: here the factor is applied to g on its way. The norm reads g: 4 bytes, 25 us.
+
+One launch serves tensors of any number and size through a table in GPU memory, a row for every
+CHUNK numbers: their addresses in p, g, m, v, how many they are, and the tensor's weight decay. A
+flat buffer for all parameters would need no table, but the model, its gradients and every
+checkpoint would have to be laid out for it. The table is copied to the GPU when the addresses are
+new, which they are not in most steps, as PyTorch's allocator hands out the same memory again.
+
+lr, step and norm may be tensors on the GPU. A captured CUDA graph then takes new values at each
+replay; nothing here waits for the GPU. What is derived from them is computed once, in float64, by
+a launch of a single program: in float32, 1 - 0.999^t at t = 1 has only four digits left.
+
+Sources: Loshchilov & Hutter 2017 (arXiv 1711.05101) in the form of PyTorch; the factor k and its
+1e-6: torch.nn.utils.clip_grad_norm_.
+
+Run: `python kernels/adamw.py` times it on a GPU; without one it checks the kernels in Triton's
+interpreter and prints, from seed 0,
+
+    8209 parameters in 4 tensors, float32, in the interpreter (no GPU to time)
+    after 20 clipped steps 2.4e-06 from torch.optim.AdamW in float64, norm 1.0e-08
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the reference works without it
+    triton = None
+
+# Numbers a program handles: 8 for each of 256 threads, two loads of 16 bytes from each tensor.
+# Compiled for sm_90: 64 registers with Triton 3.9, 48 with 3.6, no spills. Not yet measured on a
+# GPU.
+TILE = {"CHUNK": 2048, "num_warps": 8}
+TABLES = 16  # kept, for when the same addresses come again: 0.6 MB each for 27M parameters
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+def adamw_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    lr: float | Tensor,
+    step: int | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: Sequence[float],
+    norm: Tensor | None,
+    max_norm: float,
+) -> None:
+    """The equations as they stand, one tensor after the other; all but grads are changed."""
+    beta1, beta2 = betas
+    k = 1.0 if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    c1, c2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    for p, g, m, v, decay in zip(params, grads, exp_avgs, exp_avg_sqs, weight_decay):
+        g = k * g
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g * g, 1 - beta2)
+        p.copy_(p - lr * decay * p - (lr * c2 / c1) * m / (v.sqrt() + eps * c2))
+
+
+def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers of all gradients together: () float32."""
+    return torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
+
+
+@jit
+def _scalars(
+    lr_ptr,  # () any float
+    step_ptr,  # () any float or integer
+    norm_ptr,  # () any float, or None: no clipping
+    out_ptr,  # (4,) float32, written: k, lr, lr c2 / c1, eps c2
+    log2_beta1,  # float32 will do: what it is off by, relatively, is what 1 - beta^t is off by
+    log2_beta2,
+    eps,
+    max_norm,
+):
+    """A single program."""
+    k = 1.0
+    if norm_ptr is not None:
+        k = max_norm / (tl.load(norm_ptr).to(tl.float32) + 1e-6)
+        k = tl.where(k > 1.0, 1.0, k)  # unlike a minimum it lets a nan through, as torch does
+    lr, step = tl.load(lr_ptr).to(tl.float64), tl.load(step_ptr).to(tl.float64)
+    c1 = 1 - tl.exp2(step * log2_beta1)
+    c2 = tl.sqrt(1 - tl.exp2(step * log2_beta2))
+    tl.store(out_ptr, k)
+    tl.store(out_ptr + 1, lr)
+    tl.store(out_ptr + 2, lr * c2 / c1)
+    tl.store(out_ptr + 3, eps * c2)
+
+
+@jit
+def _update(p_ptr, g_ptr, m_ptr, v_ptr, count, decay, scalars_ptr, a1, a2, CHUNK: tl.constexpr):
+    """The step for `count` numbers of one tensor; the rest of CHUNK is not touched."""
+    k, lr = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    size, small = tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
+    i = tl.arange(0, CHUNK)
+    p = tl.load(p_ptr + i, i < count, other=0.0)
+    g = tl.load(g_ptr + i, i < count, other=0.0) * k
+    m = tl.load(m_ptr + i, i < count, other=0.0)
+    v = tl.load(v_ptr + i, i < count, other=0.0)
+    m += a1 * (g - m)
+    v += a2 * (g * g - v)
+    p -= lr * decay * p + size * m / (tl.sqrt(v) + small)
+    tl.store(p_ptr + i, p, i < count)
+    tl.store(m_ptr + i, m, i < count)
+    tl.store(v_ptr + i, v, i < count)
+
+
+@jit
+def _adamw(
+    table_ptr,  # (chunks, 6) int64: addresses of p, g, m, v; count; bits of the float32 decay
+    scalars_ptr,  # (4,) float32 from _scalars
+    a1,  # 1 - beta1
+    a2,  # 1 - beta2
+    CHUNK: tl.constexpr,
+):
+    """Program i takes chunk i, 16 bytes at a time if it is whole and its addresses allow.
+
+    The compiler knows nothing of numbers that come out of memory: it has to be told of both.
+    """
+    row = table_ptr + tl.program_id(0) * 6
+    p, g, m, v = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    count = tl.load(row + 4)
+    decay = tl.load(row + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    aligned = (p | g | m | v) % 16 == 0
+    kind = tl.pointer_type(tl.float32)
+    p, g, m, v = p.to(kind), g.to(kind), m.to(kind), v.to(kind)
+    if (count == CHUNK) & aligned:
+        p, g = tl.multiple_of(p, 16), tl.multiple_of(g, 16)
+        m, v = tl.multiple_of(m, 16), tl.multiple_of(v, 16)
+        _update(p, g, m, v, CHUNK, decay, scalars_ptr, a1, a2, CHUNK)
+    else:
+        _update(p, g, m, v, count, decay, scalars_ptr, a1, a2, CHUNK)
+
+
+@jit
+def _square_sum(
+    table_ptr,  # (chunks, 3) int64: address of g; count; unused
+    sum_ptr,  # (chunks,) float32, written
+    CHUNK: tl.constexpr,
+):
+    """Program i sums chunk i: no atomics, so equal gradients have equal norms to the last bit."""
+    row = table_ptr + tl.program_id(0) * 3
+    g, count = tl.load(row), tl.load(row + 1)
+    i = tl.arange(0, CHUNK)
+    if (count == CHUNK) & (g % 16 == 0):
+        x = tl.load(tl.multiple_of(g.to(tl.pointer_type(tl.float32)), 16) + i)
+    else:
+        x = tl.load(g.to(tl.pointer_type(tl.float32)) + i, i < count, other=0.0)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(x * x, 0))
+
+
+INTERPRETED = triton is not None and not isinstance(_adamw, triton.JITFunction)
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()  # the last TABLES, by what they were made of
+_captured: list[Tensor] = []  # tables that a CUDA graph reads at every replay: never freed
+
+
+def _table(lists: Sequence[Sequence[Tensor]], decay: Sequence[float]) -> Tensor:
+    """A row (address in each of the lists, count, bits of the decay) for each chunk: int64."""
+    first, CHUNK = lists[0], TILE["CHUNK"]
+    device = first[0].device
+    addresses = [tuple(x.data_ptr() for x in tensors) for tensors in lists]
+    sizes = tuple(x.numel() for x in first)
+    key = (device, sizes, tuple(decay), *addresses)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _tables:
+        if capturing:
+            raise RuntimeError(
+                "these tensors must have been used once before a CUDA graph is captured; run a "
+                "step first and keep the gradients' memory: zero_grad(set_to_none=False)"
+            )
+        count = torch.tensor(sizes)
+        chunks = (count + CHUNK - 1) // CHUNK  # (tensors,)
+        owner = torch.repeat_interleave(chunks)  # (chunks,) the tensor that each is part of
+        offset = (torch.arange(len(owner)) - (chunks.cumsum(0) - chunks)[owner]) * CHUNK
+        table = torch.empty((len(owner), len(lists) + 2), dtype=torch.int64)
+        table[:, :-2] = torch.tensor(addresses).T[owner] + 4 * offset[:, None]
+        table[:, -2] = (count[owner] - offset).clamp(max=CHUNK)
+        table[:, -1] = torch.tensor(decay, dtype=torch.float32).view(torch.int32)[owner]
+        if device.type == "cuda":  # from pinned memory, else the copy would wait for the GPU
+            table = table.pin_memory().to(device, non_blocking=True)
+        _tables[key] = table
+        while len(_tables) > TABLES:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    if capturing:
+        _captured.append(_tables[key])
+    return _tables[key]
+
+
+@torch.library.custom_op("kernels::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def _adamw_op(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: list[float],
+    norm: Tensor | None,
+    max_norm: float,
+) -> None:
+    table = _table((params, grads, exp_avgs, exp_avg_sqs), weight_decay)
+    scalars = torch.empty(4, dtype=torch.float32, device=table.device)
+    log2 = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    if len(table):
+        with torch.cuda.device_of(table):
+            _scalars[(1,)](lr, step, norm, scalars, *log2, eps, max_norm, num_warps=1)
+            _adamw[(len(table),)](table, scalars, 1 - beta1, 1 - beta2, **TILE)
+
+
+@torch.library.custom_op("kernels::grad_norm", mutates_args=())
+def _grad_norm_op(grads: list[Tensor]) -> Tensor:
+    table = _table((grads,), [0.0] * len(grads))
+    sums = torch.empty(len(table), dtype=torch.float32, device=table.device)
+    if len(table):
+        with torch.cuda.device_of(table):
+            _square_sum[(len(table),)](table, sums, **TILE)
+    return sums.sum(dtype=torch.float64).sqrt().float()
+
+
+@_grad_norm_op.register_fake
+def _(grads):
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
+def _require(good: bool, name: str, value, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value} must be {wanted}")
+
+
+def _use_triton(implementation: str, lists: dict[str, Sequence[Tensor]]) -> bool:
+    """Whether to take the kernels; with "triton", ValueError if they cannot serve these lists."""
+    names = ("auto", "reference", "triton")
+    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
+    if implementation == "reference" or (implementation == "auto" and triton is None):
+        return False
+    if triton is None:
+        raise ImportError("implementation='triton' needs Triton: pip install triton")
+    device = next(iter(lists.values()))[0].device
+    place = device.type == "cuda" or (INTERPRETED and implementation == "triton")
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            fits = x.dtype == torch.float32 and x.is_contiguous() and x.device == device
+            if not (fits and place) and implementation == "auto":
+                return False
+            wanted = "on a GPU, or on a CPU with TRITON_INTERPRET=1 set before Python starts"
+            _require(place, f"{name}[{i}].device", x.device, wanted)
+            _require(x.device == device, f"{name}[{i}].device", x.device, f"{device}, as the first")
+            _require(x.dtype == torch.float32, f"{name}[{i}].dtype", x.dtype, "torch.float32")
+            wanted = "contiguous; take implementation='reference' for it"
+            _require(x.is_contiguous(), f"{name}[{i}].stride()", x.stride(), wanted)
+    return True
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    step: int | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Sequence[float] = 1e-2,
+    norm: Tensor | None = None,
+    max_norm: float | None = None,
+    implementation: str = "auto",
+) -> None:
+    """One step of AdamW for all tensors of the lists; params, exp_avgs, exp_avg_sqs change.
+
+    Args:
+        The four lists run parallel: parameter, gradient and both moments of one shape.
+        lr, step: numbers, or tensors () on the GPU; step counts from 1 and includes this one.
+        weight_decay: one for all, or one for each tensor.
+        norm, max_norm: the gradients' global norm, a tensor () as from `grad_norm`, and what it
+            may be at most: more scales all gradients down to it. Both, or neither.
+        implementation: "auto" takes the kernels for contiguous float32 tensors on one GPU where
+            Triton is installed, else the reference.
+    """
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    one = isinstance(weight_decay, float | int)
+    decays = [weight_decay] * len(params) if one else list(weight_decay)
+    for name, tensors in (*lists.items(), ("weight_decay", decays)):
+        _require(len(tensors) == len(params), f"len({name})", len(tensors), f"{len(params)}")
+    for name, tensors in lists.items():
+        for i, (x, p) in enumerate(zip(tensors, params)):
+            good = x.shape == p.shape
+            _require(good, f"{name}[{i}].shape", tuple(x.shape), f"{tuple(p.shape)}, as params")
+    _require((norm is None) == (max_norm is None), "max_norm", max_norm, "given exactly with norm")
+    if not params:
+        return
+    max_norm = 0.0 if max_norm is None else max_norm
+    if not _use_triton(implementation, lists):
+        adamw_reference(*lists.values(), lr, step, betas, eps, decays, norm, max_norm)
+        return
+    device = params[0].device
+    lr, step = (  # a fill passes the number to the GPU without waiting for it
+        x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
+        for x in (lr, step)
+    )
+    for name, x in (("lr", lr), ("step", step), ("norm", norm)):
+        if x is not None:
+            _require(x.device == device, f"{name}.device", x.device, f"{device}, as params")
+            _require(x.numel() == 1, f"{name}.shape", tuple(x.shape), "()")
+    lists = [list(tensors) for tensors in lists.values()]
+    torch.ops.kernels.adamw(*lists, lr, step, *betas, eps, decays, norm, max_norm)
+
+
+@torch.no_grad()
+def grad_norm(grads: Sequence[Tensor], *, implementation: str = "auto") -> Tensor:
+    """The Euclidean norm over all the gradients: () float32 on their device, 0 for no gradient.
+
+    implementation: as in `adamw_step`. Nothing waits for the GPU; nan and inf come out as such.
+    """
+    if not grads:
+        return torch.zeros(())
+    if _use_triton(implementation, {"grads": grads}):
+        return torch.ops.kernels.grad_norm(list(grads))
+    return grad_norm_reference(grads)
+
+
+def aot_cases() -> list[dict]:
+    """What to compile without a GPU; the addresses in the table need no attribute."""
+    cases = []
+    for kernel, types in (
+        (_adamw, "*i64 *fp32 fp32 fp32 constexpr"),
+        (_square_sum, "*i64 *fp32 constexpr"),
+        (_scalars, "*fp64 *fp64 *fp32 *fp32 fp32 fp32 fp32 fp32"),
+    ):
+        signature = dict(zip(kernel.arg_names, types.split()))
+        single = kernel is _scalars
+        cases.append(
+            {
+                "name": kernel.__name__.strip("_"),
+                "kernel": kernel,
+                "signature": signature,
+                "constexprs": {} if single else {"CHUNK": TILE["CHUNK"]},
+                "divisible": [a for a, kind in signature.items() if kind[0] == "*"],
+                "options": {"num_warps": 1 if single else TILE["num_warps"], "num_stages": 3},
+                "expect": set() if single else {"vector16"},
+            }
+        )
+    return cases
+
+
+def benchmark() -> None:
+    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    # 03_gpt.py's matrices and gains: 27M parameters; without a GPU a few odd sizes
+    layer = [(1024, 512), (512, 512), (3072, 512), (512, 1536), (512,), (512,), (128,), (128,)]
+    shapes = [(4096, 512), *8 * layer, (512,)] if gpu else [(33, 97), (5000,), (1,), (7, 1)]
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [torch.randn_like(p) for p in params]
+    theirs = [p.detach().double().requires_grad_() for p in params]
+    for p, g in zip(theirs, grads):
+        p.grad = g.double()
+    exact_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2)
+    state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    for t in range(1, 21):
+        norm = grad_norm(grads, implementation="triton")
+        options = {"norm": norm, "max_norm": 1.0, "implementation": "triton"}
+        adamw_step(params, grads, *state, lr=1e-2, step=t, **options)
+        optimizer.step()
+    error = max((a - b).abs().max().item() for a, b in zip(params, theirs))
+    place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
+    n = sum(p.numel() for p in params)
+    print(f"{n} parameters in {len(params)} tensors, float32, {place}")
+    print(f"after 20 clipped steps {error:.1e} from torch.optim.AdamW in float64,", end=" ")
+    print(f"norm {abs(norm / exact_norm - 1).item():.1e}")
+    assert error < 5e-6 and abs(norm / exact_norm - 1) < 1e-6, "this is not AdamW"
+    if not gpu:
+        return
+    lr, step = torch.tensor(1e-3, device=device), torch.tensor(1.0, device=device)
+    for p, g in zip(params, grads):
+        p.grad = g
+    fused = torch.optim.AdamW(params, lr=1e-3, fused=True)
+    print("                      ms   GB/s")
+    for name, size, f in (
+        ("norm, torch", 4, lambda: torch.nn.utils.get_total_norm(grads)),
+        ("norm, triton", 4, lambda: grad_norm(grads)),
+        ("step, reference", 28, lambda: adamw_step(
+            params, grads, *state, lr=lr, step=step, implementation="reference")),
+        ("step, torch fused", 28, fused.step),
+        ("step, triton", 28, lambda: adamw_step(params, grads, *state, lr=lr, step=step)),
+    ):  # fmt: skip
+        ms = triton.testing.do_bench(f)
+        print(f"{name:18} {ms:6.3f} {1e-6 * size * n / ms:6.0f}")
+
+
+if __name__ == "__main__":
+    benchmark()

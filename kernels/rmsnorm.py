@@ -1,0 +1,341 @@
+"""RMSNorm, with the residual addition before it, in one pass over memory each way.
+
+For each row x of C numbers (N rows), with r the residual branch, if there is one:
+
+    s    = x + r                                the stream; s = x without r
+    rstd = 1 / sqrt(mean(s^2) + eps)
+    y    = g * n,   n = s * rstd                g the gain
+
+Backward, from dy and the gradient ds that reaches s from elsewhere (the residual path itself):
+
+    dn = g * dy
+    dx = dr = rstd * (dn - n * mean(dn * n)) + ds
+    dg = sum over rows of dy * n
+
+Bytes in bf16, a = 2NC being one pass over an activation: forward reads x and writes y, 2a; with
+the addition it reads x, r and writes s, y: 4a, where addition and norm apart move 5a. Backward
+reads s, dy and writes dx, 3a; ds folded in makes it 4a, apart 6a. rstd (4N) and g are small.
+About 5NC FLOPs forward and 10NC backward: one or two per byte, where a GPU needs a hundred to be
+busy. Memory is the bound, so the bytes not moved are the time saved: 65,536 rows of 512 are 67 MB
+a pass, 16 us at the 4.3 TB/s of an H200, whatever is computed on the way.
+
+Everything is computed in float32 and rounded once, on writing; y is made of the rounded s, because
+backward sees no other. The sum for dg is deterministic: a fixed number of programs each add up
+their own rows, and one more sum adds the programs.
+
+Sources: Zhang & Sennrich 2019 (arXiv 1910.07467). Run: `python kernels/rmsnorm.py` times it on a
+GPU; without one it checks the kernels in Triton's interpreter and prints, from seed 0,
+
+    100 rows of 96, torch.float32, in the interpreter (no GPU to time); errors against float64:
+    y 7.0e-07, x + r 2.4e-07, dx 6.1e-07, dg 3.8e-06
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the reference works without it
+    triton = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Backward's programs, each with a private sum for dg: four for each of the 132 multiprocessors of
+# an H100 or H200, where 126 registers and 4 warps let four run at once. Not yet measured on a GPU.
+PROGRAMS = 528
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+def rmsnorm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The equations as they stand, in float32 (float64 for float64)."""
+    s = x if residual is None else x + residual
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+    y = (wide * rstd * weight).to(s.dtype)
+    return y if residual is None else (y, s)
+
+
+@jit
+def _forward(
+    x_ptr,  # (N, C), rows x_stride apart, as all columns here one apart
+    r_ptr,  # (N, C), rows r_stride apart, or None
+    g_ptr,  # (C,)
+    y_ptr,  # (N, C) contiguous, written
+    s_ptr,  # (N, C) contiguous, written; None without r
+    rstd_ptr,  # (N,) float32, written
+    x_stride,
+    r_stride,
+    N,
+    C,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least C
+):
+    """Program i takes rows i * ROWS ... of which the last program's may reach beyond N."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    mask = (rows < N)[:, None] & (cols < C)[None, :]  # what is masked reads 0 and adds 0 to a sum
+    wide = rows.to(tl.int64)[:, None]  # N * C may pass 2^31
+    x = tl.load(x_ptr + wide * x_stride + cols[None, :], mask, other=0.0).to(tl.float32)
+    if r_ptr is not None:
+        x += tl.load(r_ptr + wide * r_stride + cols[None, :], mask, other=0.0).to(tl.float32)
+        s = x.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + wide * C + cols[None, :], s, mask)
+        x = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / C + eps)  # (ROWS,)
+    g = tl.load(g_ptr + cols, cols < C, other=0.0).to(tl.float32)
+    tl.store(y_ptr + wide * C + cols[None, :], x * rstd[:, None] * g[None, :], mask)
+    tl.store(rstd_ptr + rows, rstd, rows < N)
+
+
+@jit
+def _backward(
+    dy_ptr,  # (N, C) contiguous
+    ds_ptr,  # (N, C) contiguous, or None
+    s_ptr,  # (N, C), rows s_stride apart
+    g_ptr,  # (C,)
+    rstd_ptr,  # (N,) float32
+    dx_ptr,  # (N, C) contiguous, written
+    dg_ptr,  # (programs, C) float32, written: one partial sum for each program
+    s_stride,
+    N,
+    C,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program i takes the tiles i, i + programs, ... of ROWS rows, and row i of dg."""
+    cols = tl.arange(0, BLOCK)
+    g = tl.load(g_ptr + cols, cols < C, other=0.0).to(tl.float32)[None, :]
+    dg = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        mask = (rows < N)[:, None] & (cols < C)[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        rstd = tl.load(rstd_ptr + rows, rows < N, other=0.0)[:, None]
+        s = tl.load(s_ptr + wide * s_stride + cols[None, :], mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + wide * C + cols[None, :], mask, other=0.0).to(tl.float32)
+        n = s * rstd
+        dn = g * dy
+        dx = rstd * (dn - n * (tl.sum(dn * n, 1) / C)[:, None])
+        if ds_ptr is not None:  # past the norm: this gradient is not differentiated again
+            dx += tl.load(ds_ptr + wide * C + cols[None, :], mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + wide * C + cols[None, :], dx, mask)
+        dg += dy * n
+    row = tl.program_id(0).to(tl.int64) * C
+    tl.store(dg_ptr + row + cols, tl.sum(dg, 0), cols < C)
+
+
+INTERPRETED = triton is not None and not isinstance(_forward, triton.JITFunction)
+
+
+def _tile(C: int) -> dict:
+    """ROWS, BLOCK, num_warps for rows of C: 16 numbers a thread. Not yet measured on a GPU.
+
+    Compiled for sm_90 by Triton 3.9, with residual: forward 40 registers at C = 512 and 49 at
+    8192, backward 107 and 94 (3.6: 40, 51, 126, 123); no spills; x, r, y,
+    s, dy and dx are accessed 16 bytes at a time.
+    """
+    block = max(16, triton.next_power_of_2(C))
+    warps = min(max(block // 512, 4), 16)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": warps}
+
+
+def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """y and s (N, C), rstd (N,). Without residual s is empty: an op may not return its input."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    s_shape = (0,) if residual is None else x.shape
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(s_shape, dtype=dtype), rstd
+
+
+@torch.library.custom_op("kernels::rmsnorm", mutates_args=())
+def _rmsnorm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, C = x.shape
+    y, s, rstd = _outputs(x, residual)
+    tile = _tile(C)
+    strides = x.stride(0), 0 if residual is None else residual.stride(0)
+    sum_or_none = None if residual is None else s
+    if N:
+        with torch.cuda.device_of(x):
+            _forward[(triton.cdiv(N, tile["ROWS"]),)](
+                x, residual, weight, y, sum_or_none, rstd, *strides, N, C, eps, **tile
+            )
+    return y, s, rstd
+
+
+@_rmsnorm.register_fake
+def _(x, weight, eps, residual):
+    return _outputs(x, residual)
+
+
+@torch.library.custom_op("kernels::rmsnorm_backward", mutates_args=())
+def _rmsnorm_backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx (N, C) in the type of s, dg (C,) in that of weight."""
+    N, C = s.shape
+    dx = torch.empty((N, C), dtype=s.dtype, device=s.device)
+    tile = _tile(C)
+    programs = min(PROGRAMS, triton.cdiv(N, tile["ROWS"]))
+    dg = torch.empty((programs, C), dtype=torch.float32, device=s.device)
+    dy = dy.contiguous()  # the gradient of a sum has stride 0
+    ds = None if ds is None else ds.contiguous()
+    if N:
+        with torch.cuda.device_of(s):
+            _backward[(programs,)](dy, ds, s, weight, rstd, dx, dg, s.stride(0), N, C, **tile)
+    return dx, dg.sum(0).to(weight.dtype)
+
+
+@_rmsnorm_backward.register_fake
+def _(dy, ds, s, weight, rstd):
+    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, residual = inputs
+    _, s, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(x if residual is None else s, weight, rstd)
+
+
+def _differentiate(ctx, dy, ds, _):
+    x_dtype, r_dtype = ctx.dtypes
+    dx, dg = _rmsnorm_backward(dy, None if r_dtype is None else ds, *ctx.saved_tensors)
+    return dx.to(x_dtype), dg, None, None if r_dtype is None else dx.to(r_dtype)
+
+
+_rmsnorm.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _require(good: bool, name: str, value, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value} must be {wanted}")
+
+
+def _use_triton(implementation: str, x: Tensor) -> bool:
+    names = ("auto", "reference", "triton")
+    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
+    if implementation == "auto":
+        return triton is not None and x.is_cuda and x.dtype in DTYPES
+    if implementation == "triton" and triton is None:
+        raise ImportError("implementation='triton' needs Triton: pip install triton")
+    return implementation == "triton"
+
+
+def rmsnorm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = x / sqrt(mean(x^2) + eps) * weight; with a residual (y of x + residual, x + residual).
+
+    Args:
+        x (..., C); residual of x's shape; weight (C,), the gain. They may differ in type: y has
+            that of x + residual.
+        implementation: "auto" takes the kernels for float32, bfloat16 and float16 on a GPU where
+            Triton is installed, else the reference. The kernels want C <= 8192 and a last axis of
+            stride 1, and copy x only if its other axes cannot be seen as one.
+    """
+    C = x.shape[-1] if x.ndim else 0
+    _require(C > 0, "x.shape", tuple(x.shape), "(..., C) with C at least 1")
+    _require(weight.shape == (C,), "weight.shape", tuple(weight.shape), f"({C},), as x.shape[-1]")
+    if residual is not None:
+        wanted = f"{tuple(x.shape)}, as x"
+        _require(residual.shape == x.shape, "residual.shape", tuple(residual.shape), wanted)
+    if not _use_triton(implementation, x):
+        return rmsnorm_reference(x, weight, eps, residual)
+    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+    _require(x.is_cuda or INTERPRETED, "x.device", x.device, wanted)
+    _require(C <= 8192, "x.shape[-1]", C, "at most 8192: a row lives in registers")
+    for name, a in (("x", x), ("weight", weight), ("residual", residual)):
+        if a is not None:
+            _require(a.dtype in DTYPES, f"{name}.dtype", a.dtype, f"one of {DTYPES}")
+            _require(a.device == x.device, f"{name}.device", a.device, f"{x.device}, as x")
+            unit = a.stride(-1) == 1 or C == 1
+            _require(unit, f"{name}.stride(-1)", a.stride(-1), "1; call .contiguous() first")
+    rows = None if residual is None else residual.reshape(-1, C)
+    y, s, _ = torch.ops.kernels.rmsnorm(x.reshape(-1, C), weight, eps, rows)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
+
+
+def aot_cases() -> list[dict]:
+    """What to compile without a GPU: both kernels with residual, at two widths."""
+    cases = []
+    for kernel, types in (
+        (_forward, "*bf16 *bf16 *fp32 *bf16 *bf16 *fp32 i32 i32 i32 i32 fp32 constexpr constexpr"),
+        (_backward, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 i32 i32 i32 constexpr constexpr"),
+    ):
+        signature = dict(zip(kernel.arg_names, types.split()))
+        for C in (512, 8192):
+            tile = _tile(C)
+            cases.append(
+                {
+                    "name": f"rmsnorm{kernel.__name__}, C {C}",
+                    "kernel": kernel,
+                    "signature": signature,
+                    "options": {"num_warps": tile.pop("num_warps"), "num_stages": 3},
+                    "constexprs": tile,
+                    "divisible": [a for a, kind in signature.items() if kind[0] in "*i"],
+                    "expect": {"vector16"},
+                }
+            )
+    return cases
+
+
+def benchmark(N: int = 65_536, C: int = 512) -> None:
+    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    N, C, kind = (N, C, {"dtype": torch.bfloat16, "device": "cuda"}) if gpu else (100, 96, {})
+    x, r, dy, ds = torch.randn((4, N, C), **kind)
+    g = torch.randn(C, **kind)
+    inputs = [a.requires_grad_() for a in (x.clone(), g, r.clone())]
+
+    def run(f, inputs):
+        y, s = f(inputs[0], inputs[1], 1e-6, inputs[2])
+        return y, s, *torch.autograd.grad((y, s), inputs, (dy.to(y), ds.to(y)), retain_graph=True)
+
+    exact = run(rmsnorm_reference, [a.detach().double().requires_grad_() for a in inputs])
+    ours = run(lambda *a: rmsnorm(*a, implementation="triton"), inputs)
+    y, s, dx, dg, _ = ((a - b).abs().max().item() for a, b in zip(ours, exact))
+    place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
+    print(f"{N} rows of {C}, {x.dtype}, {place}; errors against float64:")
+    print(f"y {y:.1e}, x + r {s:.1e}, dx {dx:.1e}, dg {dg:.1e}")
+    if not gpu:
+        assert max(y, s, dx, dg) < 2e-5, "this is not RMSNorm"
+        return
+    pass_gb = x.numel() * x.element_size() / 1e9
+    print("x + r, norm     forward ms   GB/s    backward ms   GB/s")
+    for name, f in (
+        ("eager", rmsnorm_reference),
+        ("compiled", torch.compile(rmsnorm_reference)),
+        ("triton", rmsnorm),
+    ):
+        outputs = f(inputs[0], g, 1e-6, inputs[2])
+        forward = triton.testing.do_bench(lambda f=f: f(inputs[0], g, 1e-6, inputs[2]))
+        backward = triton.testing.do_bench(
+            lambda o=outputs: torch.autograd.grad(o, inputs, (dy, ds), retain_graph=True)
+        )
+        rates = [4 * pass_gb / (1e-3 * ms) for ms in (forward, backward)]  # both move 4 passes
+        print(f"{name:14} {forward:11.3f} {rates[0]:6.0f} {backward:14.3f} {rates[1]:6.0f}")
+
+
+if __name__ == "__main__":
+    benchmark()
