@@ -38,7 +38,8 @@ torch's constants; multistep at 1/2 and 3/4: He et al. 2015 (1512.03385), sectio
 
 Run: `python 05_schedules.py` (CPU, 4 s on 2 cores of an AMD EPYC (Zen 3)) prints
 
-    total 1000, warmup 50; one character per 25 steps, and the end is at |
+    total 1000, warmup 50; one character per 25 steps, the end is at |; derived: area
+    by its integral; trunk: up to this step a run twice as long has the same multipliers
                                                                              area derived  trunk
     constant              =@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@|@@@@@@@@  974.5   974.5   1000
     constant_then_jump   --@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@|@@@@@@@@  966.7           1000
@@ -73,6 +74,7 @@ Run: `python 05_schedules.py` (CPU, 4 s on 2 cores of an AMD EPYC (Zen 3)) print
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import itertools
@@ -81,7 +83,7 @@ import numbers
 import textwrap
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,7 +128,7 @@ def length(name: str, value: float, total: float) -> float:
     """
     if not isinstance(value, numbers.Integral) and 0 <= value <= 1:
         return value * total
-    wanted = f"from 0 to total={total}, or a share of it as a float from 0.0 to 1.0"
+    wanted = f"a whole number from 0 to total={total}, or a share of it as a float up to 1.0"
     require(0 <= value <= total and value == int(value), name, value, wanted)
     return value
 
@@ -144,7 +146,7 @@ def rising(step: float, warmup: float, skip_zero: bool) -> float:
     return min(1.0, (step + skip_zero) / warmup) if warmup else 1.0
 
 
-def progress(step: float, start: float, total: float, parts: int = 1) -> float:
+def progress(step: float, start: float, total: float, parts: float = 1) -> float:
     """How many of `parts` equal parts of the way from `start` to `total` are behind us.
 
     In [0, parts]; `parts` ever after. Exact at the joints if these are whole steps.
@@ -221,7 +223,7 @@ def one_cycle(
     """Multiplier in [0, 1] at `step`: half a cosine wave up from `start`, another down to `floor`.
 
     torch's OneCycleLR reaches its peak and its end one update early: with total_steps=T and
-    pct_start=P it is one_cycle(step, T - 1, P T - 1).
+    pct_start=P it is one_cycle(step, T - 1, (P T - 1) / (T - 1)).
     """
     options = {"shape": "cosine", "rise": "cosine", "start": start, "floor": floor}
     return ramp(step, total, warmup, **options, skip_zero=skip_zero)
@@ -248,7 +250,7 @@ def inverse_sqrt(
     With timescale = W this is the Noam schedule, whose peak rate is (d_model W)^-0.5.
     """
     warmup = check(step, total, warmup)
-    timescale = timescale or warmup or 10_000
+    timescale = (warmup or 10_000) if timescale is None else timescale
     require(timescale > 0, "timescale", timescale, "above 0")
     since = max(0, min(step, total) - warmup)
     return rising(step, warmup, skip_zero) * math.sqrt(timescale / (timescale + since))
@@ -310,7 +312,7 @@ def cyclic(
         require(0 < value <= 1, name, value, "in (0, 1]")
     cycle, x = divmod(progress(step, warmup, total, cycles), 1)
     height = min(x / up, (1 - x) / (1 - up))
-    height *= shrink**cycle * gamma ** max(0, min(step, total) - warmup)
+    height *= shrink**cycle * gamma ** max(0, step - warmup)
     return rising(step, warmup, skip_zero) * (floor + (1 - floor) * height)
 
 
@@ -468,8 +470,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         momentum: Callable[[int], float] | None = None,
     ):
         require(step >= 0, "step", step, "at least 0")
-        self.multipliers = {"lr": multiplier, "weight_decay": weight_decay, "momentum": momentum}
-        self.multipliers = {name: m for name, m in self.multipliers.items() if m is not None}
+        given = {"lr": multiplier, "weight_decay": weight_decay, "momentum": momentum}
+        self.multipliers = {name: m for name, m in given.items() if m is not None}
         self.bases = []
         for group in optimizer.param_groups:
             base = {}
@@ -481,6 +483,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer, last_epoch=step - 1)  # which calls self.step() once
 
     def step(self, epoch: int | None = None) -> None:
+        """Sets the values of the next update, or of number `epoch`; call it after the optimiser's."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             for name, multiplier in self.multipliers.items():
@@ -497,6 +500,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Sets the values at once: the optimiser's own state may be loaded before or after."""
         self.step(state_dict["last_epoch"])
 
 
@@ -571,7 +575,7 @@ class RangeTest:
     rates: list[float]  # one per update, rising by the same factor each time
     losses: list[float]  # nats, or whatever the closure returns; before the update of that rate
     smoothed: list[float]
-    skip: int  # the first values of `smoothed`, which are still noise; the last five rise
+    skip: int  # how many values of `smoothed` come before those that the suggestions look at
 
     @property
     def diverging(self) -> float | None:
@@ -613,53 +617,22 @@ class RangeTest:
         return rates[max(0, longest.index(n) - n + n // 3 + n // 6)]
 
 
-def lr_range_test(
-    closure: Callable[[], Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    low: float = 1e-7,
-    high: float = 10.0,
-    steps: int = 100,
-) -> RangeTest:
-    """Losses of up to `steps` updates at rates from `low` to `high`; leaves everything as it was.
+@contextlib.contextmanager
+def restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """On leaving, also by an exception, everything is to the byte what it was on entering.
 
-    Args:
-        closure: returns the loss () of the next batch; gradients are taken here.
-        low, high: rates of the group with the highest rate; the others keep their proportion.
-    Stops when the smoothed loss is above four times its best, or not finite. Parameters, buffers,
-    gradients, the optimiser and torch's random state are put back, also after an exception; which
-    batches the closure has used up is its own affair.
-    Source: fastai's LRFinder: rates, smoothing 0.98, four times, the first tenth and last five cut.
+    Parameters, buffers, gradients, the optimiser, and torch's random states. Not by way of
+    load_state_dict, which skips some buffers and rounds the state to the parameter's type.
     """
-    require(0 < low < high, "low", low, f"above 0 and below high={high}")
-    require(steps >= 8, "steps", steps, "at least 8: five are cut off for the suggestions")
     tensors = [*model.parameters(), *model.buffers()]
     tensors = [(x, x.detach().clone(), x.grad) for x in tensors]
     states = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     groups = copy.deepcopy(groups)
-    highest = max(float(group["lr"]) for group in groups)
-    require(highest > 0, "lr", highest, "above 0 in at least one group of the optimiser")
-    rates, losses, smoothed, average = [], [], [], 0.0
+    model.zero_grad(set_to_none=True)  # so that nobody writes into the gradients kept above
     try:
         with torch.random.fork_rng():
-            for k in range(steps):
-                rate = low * (high / low) ** (k / steps)
-                for group, old in zip(optimizer.param_groups, groups):
-                    group["lr"] = rate * float(old["lr"]) / highest
-                model.zero_grad(set_to_none=True)
-                loss = closure()
-                if not math.isfinite(loss.item()):
-                    break
-                loss.backward()
-                optimizer.step()
-                average = 0.98 * average + 0.02 * loss.item()
-                rates.append(rate)
-                losses.append(loss.item())
-                smoothed.append(average / (1 - 0.98 ** (k + 1)))
-                if smoothed[-1] > 4 * min(smoothed):
-                    break
+            yield
     finally:
         with torch.no_grad():
             for x, value, gradient in tensors:
@@ -671,6 +644,46 @@ def lr_range_test(
             params = group["params"]
             group.clear()
             group.update({"params": params, **old})
+
+
+def lr_range_test(
+    closure: Callable[[], Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    low: float = 1e-7,
+    high: float = 10.0,
+    steps: int = 100,
+) -> RangeTest:
+    """Losses of up to `steps` updates at rates from `low` to `high`; leaves no trace in the model.
+
+    Args:
+        closure: returns the loss () of the next batch, above 0; gradients are taken here. Which
+            batches it has used up is its own affair.
+        low, high: rates of the group with the highest rate; the others keep their proportion.
+    Stops when the smoothed loss is above four times its best, or not a number.
+    Source: fastai's LRFinder: rates, smoothing 0.98, four times, the first tenth and last five cut.
+    """
+    require(0 < low < high, "low", low, f"above 0 and below high={high}")
+    require(steps >= 8, "steps", steps, "at least 8: five are cut off for the suggestions")
+    bases = [float(group["lr"]) for group in optimizer.param_groups]
+    require(max(bases) > 0, "lr", max(bases), "above 0 in a group of the optimiser")
+    rates, losses, smoothed, average = [], [], [], 0.0
+    with restored(model, optimizer):
+        for k in range(steps):
+            loss = closure()
+            rates.append(low * (high / low) ** (k / steps))
+            losses.append(loss.item())
+            require(math.isfinite(losses[0]), "loss", losses[0], "finite on the first batch")
+            average = 0.98 * average + 0.02 * losses[-1]
+            smoothed.append(average / (1 - 0.98 ** (k + 1)))
+            if not smoothed[-1] <= 4 * min(smoothed):  # true of nan as well
+                break
+            for group, base in zip(optimizer.param_groups, bases):
+                group["lr"] = rates[-1] * base / max(bases)
+            loss.backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
     return RangeTest(rates, losses, smoothed, steps // 10)
 
 
@@ -766,7 +779,8 @@ def save_picture(path: str, total: int = 1000, warmup: int = 50) -> None:
 
 def demo(plot: str | None = None) -> None:
     total, warmup = 1000, 50
-    print(f"total {total}, warmup {warmup}; one character per 25 steps, and the end is at |")
+    print(f"total {total}, warmup {warmup}; one character per 25 steps, the end is at |; derived: area")
+    print("by its integral; trunk: up to this step a run twice as long has the same multipliers")
     print(f"{'':70s}   area derived  trunk")
     shared = []
     for names, values in curves(total, warmup).items():
