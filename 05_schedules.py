@@ -38,8 +38,8 @@ torch's constants; multistep at 1/2 and 3/4: He et al. 2015 (1512.03385), sectio
 
 Run: `python 05_schedules.py` (CPU, 4 s on 2 cores of an AMD EPYC (Zen 3)) prints
 
-    total 1000, warmup 50; one character per 25 steps, the end is at |; derived: area
-    by its integral; trunk: up to this step a run twice as long has the same multipliers
+    total 1000, warmup 50; one character per 25 steps, the end is at |
+    derived: area by integral; trunk: up to this step a run of twice the length is the same
                                                                              area derived  trunk
     constant              =@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@|@@@@@@@@  974.5   974.5   1000
     constant_then_jump   --@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@|@@@@@@@@  966.7           1000
@@ -455,9 +455,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         step: updates already done. This number is all there is to resume: no state is needed.
         weight_decay, momentum: functions like multiplier that scale these values too; momentum is
             beta1 where the optimiser has betas.
-    Base values are those of the groups at construction, kept there as initial_lr and so on, as
-    torch does: it does not matter whether the optimiser's state is loaded before or after, as
-    long as it was saved under a Scheduler too.
+    Base values are those of the groups at construction, kept there too, as initial_lr and so on:
+    an optimiser's state may be loaded before, if it was saved under a Scheduler, and always after.
     """
 
     def __init__(
@@ -483,7 +482,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer, last_epoch=step - 1)  # which calls self.step() once
 
     def step(self, epoch: int | None = None) -> None:
-        """Sets the values of the next update, or of number `epoch`; call it after the optimiser's."""
+        """Sets the values of the next update, or of number `epoch`; call after optimizer.step()."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             for name, multiplier in self.multipliers.items():
@@ -500,7 +499,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Sets the values at once: the optimiser's own state may be loaded before or after."""
+        """Sets the values at once. The optimiser's own state may be loaded before or after."""
         self.step(state_dict["last_epoch"])
 
 
@@ -779,8 +778,8 @@ def save_picture(path: str, total: int = 1000, warmup: int = 50) -> None:
 
 def demo(plot: str | None = None) -> None:
     total, warmup = 1000, 50
-    print(f"total {total}, warmup {warmup}; one character per 25 steps, the end is at |; derived: area")
-    print("by its integral; trunk: up to this step a run twice as long has the same multipliers")
+    print(f"total {total}, warmup {warmup}; one character per 25 steps, the end is at |")
+    print("derived: area by integral; trunk: up to this step a run of twice the length is the same")
     print(f"{'':70s}   area derived  trunk")
     shared = []
     for names, values in curves(total, warmup).items():

@@ -668,6 +668,18 @@ def test_scheduler_resumes_bit_for_bit_from_any_step(order):
             resumed.step()
 
 
+def test_scheduler_built_first_takes_an_optimiser_saved_without_one():
+    saved = two_groups()
+    for group in saved.param_groups:
+        group["lr"] /= 7  # by a loop of one's own
+    stepped = two_groups()
+    scheduler = schedules.Scheduler(stepped, FOLLOWING["multiplier"], step=11)
+    stepped.load_state_dict(saved.state_dict())
+    scheduler.step()
+    m = FOLLOWING["multiplier"](12)
+    assert [group["lr"] for group in stepped.param_groups] == [0.3 * m, 0.1 * m]
+
+
 def test_scheduler_resumes_by_number_where_sequential_lr_does_not():
     def theirs(stepped, last_epoch):
         up = lr_scheduler.LinearLR(stepped, 0.1, 1.0, total_iters=5, last_epoch=last_epoch)
