@@ -1,0 +1,690 @@
+"""FlashAttention, forward and backward: exact attention that never holds the (T, T) scores.
+
+Row t of one head (a query) mixes the values of the columns s (keys) that it may see:
+
+    forward    S_ts = scale q_t . k_s               scores; -inf where s is not visible
+               L_t  = ln sum_s exp(S_ts)            log-sum-exp, in natural log
+               P_ts = exp(S_ts - L_t)               weights, each row sums to 1
+               o_t  = sum_s P_ts v_s
+    backward   given do = dloss/do and dL = dloss/dL,
+               dv_s  = sum_t P_ts do_t
+               dP_ts = do_t . v_s
+               dS_ts = P_ts (dP_ts - delta_t)       delta_t = sum_s P_ts dP_ts - dL_t
+               dq_t  = scale sum_s dS_ts k_s        which is o_t . do_t - dL_t: no sum over s
+               dk_s  = scale sum_t dS_ts q_t
+
+Forward works through the columns a block at a time. It holds the largest score so far (m), the sum
+of exp(S - m) and the mix so far; when m grows, both are scaled down by exp(m_old - m_new), and at
+the end the mix is divided by the sum. Saved are q, k, v, o and L: with L, P comes out of S in one
+exponential, so that backward recomputes blocks of S. One kernel walks along the columns and sums
+dq, a second walks along the rows and sums dk and dv. No two programs add to one number: there are
+no atomics, and the same input gives the same bits.
+
+What a row sees is an interval, whatever is combined: itself back to a window's or its document's
+first token, and on to the last if not causal. Two vectors say it all, START_t = max(first token
+of t's document, t - window + 1) and END_t = min(last token of it, t + window - 1):
+
+    row t sees columns      START_t ... t  (causal)   or   START_t ... END_t
+    column s is seen by     s ... END_s    (causal)   or   START_s ... END_s
+
+Both grow with t, so the first and the last row of a block tell which column blocks it must visit,
+and which of these all its rows see entirely: only the others are masked.
+
+Cost with N = B T tokens, bfloat16, causal (half the scores; not causal is twice the FLOPs):
+               FLOPs          bytes moved          27M model: N 65,536, T 512, H 4, G 2, D 128
+    forward    2 N T H D      4 N D (H + G)        34 GFLOP  44 us   201 MB  47 us
+    backward   7 N T H D      12 N D (H + G)       120 GFLOP 152 us  604 MB  140 us
+The times are those of an H200 at its measured 790 TFLOP/s and 4.3 TB/s: at T 512 matrix rate and
+memory bind alike, at longer T the matrix rate alone. (5 N T H D would do for backward, but then
+dq has to be summed across programs.) Unfused, S and P are written and read in forward alone, 8 N T
+H bytes: 1.07 GB, 250 us.
+
+Letters used below: B batch rows, T positions, H query heads, G key/value heads (H/G query heads
+share one), D head_dim; a block is BM rows or BN columns.
+
+Sources: FlashAttention: Dao et al. 2022 (arXiv 2205.14135) and Dao 2023 (2307.08691); the running
+maximum: Milakov & Gimelshein 2018 (1805.02867); sliding window: Beltagy et al. 2020 (2004.05150).
+
+Run: `python kernels/attention.py`. With a GPU it times the kernels against torch's; without one
+(8 s on 2 cores of an AMD EPYC (Zen 3)) it checks them in Triton's interpreter and prints, from
+seed 0,
+
+    largest differences to float64, T   65      o      L     dq     dk     dv
+        causal                            7e-07  5e-07  1e-06  2e-06  1e-06
+        full                              5e-07  5e-07  6e-07  9e-07  5e-07
+        causal, window                    4e-07  4e-07  1e-06  2e-06  7e-07
+        causal, documents                 5e-07  4e-07  8e-07  1e-06  1e-06
+        full, window, documents           7e-07  4e-07  7e-07  1e-06  1e-06
+    ok in Triton's interpreter; there is no GPU to time
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the reference works without it
+    triton = None
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equations as they stand, all scores at once; arguments as in `attention`.
+
+    Returns: o (B, T, H, D) in q's dtype, L (B, H, T). Computed in float32, or float64 if q is.
+    """
+    B, T, H, D = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    share = H // k.shape[2]
+    k, v = (x.repeat_interleave(share, dim=2).to(wide) for x in (k, v))  # (B, T, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q.to(wide), k)  # (B, H, T, T)
+    scores = scores * (1 / math.sqrt(D) if scale is None else scale)
+
+    t = torch.arange(T, device=q.device)
+    visible = torch.ones(1, T, T, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible & (t <= t[:, None])
+    if window is not None:
+        visible = visible & ((t - t[:, None]).abs() < window)
+    if documents is not None:
+        run = F.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))  # (B, T)
+        visible = visible & (run[:, None, :] == run[:, :, None])  # (B, T, T)
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    o = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+    return o.to(q.dtype), scores.logsumexp(-1)
+
+
+def visible_limits(
+    B: int, T: int, device: torch.device, window: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """START and END of every position, (B, T) int32 each, as defined at the top of the file."""
+    t = torch.arange(T, device=device, dtype=torch.int32).expand(B, T)
+    start, end = torch.zeros_like(t), torch.full_like(t, T - 1)
+    if documents is not None:
+        new = documents[:, 1:] != documents[:, :-1]  # (B, T - 1) a document begins behind here
+        start[:, 1:] = torch.where(new, t[:, 1:], 0)
+        end[:, :-1] = torch.where(new, t[:, :-1], T - 1)
+        start = start.cummax(1).values
+        end = end.flip(1).cummin(1).values.flip(1)
+    if window is not None:
+        start = torch.maximum(start, t - window + 1)
+        end = torch.minimum(end, t + window - 1)
+    return start.contiguous(), end.contiguous()
+
+
+# Kernels. q (B, T, H, D), k and v (B, T, G, D) are float16, bfloat16 or float32 views with any
+# strides but the last, which is 1: heads may lie in one packed projection. o, do, dq, dk, dv have
+# the same shapes and are contiguous, as are lse (that is L), dlse and delta, (B, H, T) float32, and
+# START and END, (B, T) int32, which are None without LIMITS.
+# A program's block of rows or columns may reach beyond T: there loads give 0 and nothing is stored.
+# Exponentials are taken to base 2, which the hardware has: exp(x) = exp2(x LOG2E).
+# DOT is the dtype in which matrix products take their operands; they sum in float32. ("ieee"
+# changes nothing but float32, which would be rounded to 10 bits of mantissa.)
+
+
+@jit
+def _span(
+    start, end, block, T,
+    FROM_ITSELF: tl.constexpr, TO_ITSELF: tl.constexpr, LIMITS: tl.constexpr,
+    SIZE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """What the SIZE rows (or columns) from `block` on see of the other axis, in blocks of STEP.
+
+    Returns first, last (SIZE,): line i sees first_i ... last_i; then block boundaries:
+    all of [free, free_stop) is seen by every line; [begin, free) and what follows free_stop, in
+    all `masked` blocks, is seen in part.
+    """
+    lines = block + tl.arange(0, SIZE)
+    top = tl.minimum(block + SIZE, T) - 1  # the last line that exists
+    first = lines
+    begin, all_begin = block, top
+    last = lines
+    all_stop, stop = block + 1, top + 1
+    if not FROM_ITSELF:
+        first = tl.zeros([SIZE], tl.int32)
+        begin, all_begin = 0, 0
+        if LIMITS:
+            first = tl.load(start + lines, mask=lines < T, other=0)
+            begin, all_begin = tl.load(start + block), tl.load(start + top)
+    if not TO_ITSELF:
+        last = tl.zeros([SIZE], tl.int32) + (T - 1)
+        all_stop, stop = T, T
+        if LIMITS:
+            last = tl.load(end + lines, mask=lines < T, other=T - 1)
+            all_stop, stop = tl.load(end + block) + 1, tl.load(end + top) + 1
+    begin = begin // STEP * STEP
+    free = tl.minimum(tl.cdiv(all_begin, STEP), tl.cdiv(stop, STEP)) * STEP
+    free_stop = tl.maximum(all_stop // STEP * STEP, free)
+    masked = (free - begin) // STEP + tl.cdiv(stop - free_stop, STEP)
+    return first, last, begin, free, free_stop, masked
+
+
+@jit
+def _forward(
+    q, k, v, start, end, o, lse,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, scale, T, H, G,
+    CAUSAL: tl.constexpr, LIMITS: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program: BM rows of one head of one batch row. Writes o and lse of these rows."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # row blocks of a head run side by side, so that its k and v are read from the cache; if causal
+    # the last rows have most to do and go first
+    blocks = tl.cdiv(T, BM)
+    program = tl.program_id(0)
+    row = (blocks - 1 - program % blocks) * BM
+    h = program // blocks % H
+    b = (program // (blocks * H)).to(tl.int64)  # b * stride passes 2^31
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + h // (H // G) * stride_kh
+    v += b * stride_vb + h // (H // G) * stride_vh
+    if LIMITS:
+        start += b * T
+        end += b * T
+    first, last, begin, free, free_stop, masked = _span(
+        start, end, row, T, False, CAUSAL, LIMITS, BM, BN
+    )
+    d = tl.arange(0, D)
+    rows = row + tl.arange(0, BM)
+    inside = rows < T
+    q_tile = tl.load(q + rows[:, None] * stride_qt + d[None, :], mask=inside[:, None], other=0.0)
+    q_tile = q_tile.to(DOT)  # (BM, D)
+    m = tl.zeros([BM], tl.float32) - float("inf")
+    total = tl.zeros([BM], tl.float32)
+    mix = tl.zeros([BM, D], tl.float32)
+    for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
+        for i in range(masked if part == 0 else (free_stop - free) // BN):
+            column = free + i * BN
+            if part == 0:
+                column = begin + i * BN
+                column = tl.where(column < free, column, column + (free_stop - free))
+            # addresses anew in each turn: Triton 3.6 spills if pointers are carried across loops
+            columns = column + tl.arange(0, BN)
+            there = columns[:, None] < T
+            k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
+            scores = tl.dot(q_tile, tl.trans(k_tile.to(DOT)), input_precision="ieee")
+            scores *= scale * LOG2E  # (BM, BN)
+            if part == 0:
+                visible = (columns[None, :] >= first[:, None]) & (columns[None, :] <= last[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
+            new_m = tl.maximum(m, tl.max(scores, 1))
+            shift = new_m
+            if part == 0:  # a row may have seen nothing yet, and -inf - -inf is NaN
+                shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+            p = tl.exp2(scores - shift[:, None])
+            shrink = tl.exp2(m - shift)
+            total = total * shrink + tl.sum(p, 1)
+            v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
+            mix *= shrink[:, None]
+            mix = tl.dot(p.to(DOT), v_tile.to(DOT), mix, input_precision="ieee")
+            m = new_m
+    o += (b * T * H + h) * D
+    mix = (mix / total[:, None]).to(o.dtype.element_ty)
+    tl.store(o + rows[:, None] * (H * D) + d[None, :], mix, mask=inside[:, None])
+    tl.store(lse + (b * H + h) * T + rows, (m + tl.log2(total)) / LOG2E, mask=inside)
+
+
+@jit
+def _backward_dq(
+    q, k, v, start, end, o, lse, do, dlse, dq, delta,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, scale, T, H, G,
+    CAUSAL: tl.constexpr, LIMITS: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program: BM rows of one head of one batch row, as `_forward`. Writes their dq and delta."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(T, BM)
+    program = tl.program_id(0)
+    row = (blocks - 1 - program % blocks) * BM
+    h = program // blocks % H
+    b = (program // (blocks * H)).to(tl.int64)
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + h // (H // G) * stride_kh
+    v += b * stride_vb + h // (H // G) * stride_vh
+    if LIMITS:
+        start += b * T
+        end += b * T
+    first, last, begin, free, free_stop, masked = _span(
+        start, end, row, T, False, CAUSAL, LIMITS, BM, BN
+    )
+    d = tl.arange(0, D)
+    rows = row + tl.arange(0, BM)
+    inside = rows < T
+    q_tile = tl.load(q + rows[:, None] * stride_qt + d[None, :], mask=inside[:, None], other=0.0)
+    q_tile = q_tile.to(DOT)  # (BM, D)
+    here = (b * T * H + h) * D + rows[:, None] * (H * D) + d[None, :]
+    o_tile = tl.load(o + here, mask=inside[:, None], other=0.0).to(tl.float32)
+    do_tile = tl.load(do + here, mask=inside[:, None], other=0.0)
+    line = (b * H + h) * T + rows
+    delta_t = tl.sum(o_tile * do_tile.to(tl.float32), 1)
+    delta_t -= tl.load(dlse + line, mask=inside, other=0.0)
+    tl.store(delta + line, delta_t, mask=inside)
+    lse_t = tl.load(lse + line, mask=inside, other=0.0) * LOG2E
+    do_tile = do_tile.to(DOT)
+    grad = tl.zeros([BM, D], tl.float32)
+    for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
+        for i in range(masked if part == 0 else (free_stop - free) // BN):
+            column = free + i * BN
+            if part == 0:
+                column = begin + i * BN
+                column = tl.where(column < free, column, column + (free_stop - free))
+            columns = column + tl.arange(0, BN)
+            there = columns[:, None] < T
+            k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
+            v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
+            k_tile = k_tile.to(DOT)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            p = tl.exp2(scores * (scale * LOG2E) - lse_t[:, None])  # (BM, BN)
+            if part == 0:  # after exp2: an invisible score can be above lse, and inf * 0 is NaN
+                visible = (columns[None, :] >= first[:, None]) & (columns[None, :] <= last[:, None])
+                p = tl.where(visible, p, 0.0)
+            dp = tl.dot(do_tile, tl.trans(v_tile.to(DOT)), input_precision="ieee")
+            ds = p * (dp - delta_t[:, None])
+            grad = tl.dot(ds.to(DOT), k_tile, grad, input_precision="ieee")
+    tl.store(dq + here, (grad * scale).to(dq.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def _backward_dkv(
+    q, k, v, start, end, lse, do, delta, dk, dv,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, scale, T, H, G,
+    CAUSAL: tl.constexpr, LIMITS: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program: BN columns of one key/value head of one batch row. Writes their dk and dv.
+
+    Its tiles are transposed, (BN, BM), so that P and dS enter their products from registers.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(T, BN)
+    program = tl.program_id(0)
+    column = program % blocks * BN  # if causal the first columns have most to do
+    g = program // blocks % G
+    b = (program // (blocks * G)).to(tl.int64)
+    heads = H // G
+    h = g * heads  # the first query head of the group
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + g * stride_kh
+    v += b * stride_vb + g * stride_vh
+    do += (b * T * H + h) * D
+    lse += (b * H + h) * T
+    delta += (b * H + h) * T
+    if LIMITS:
+        start += b * T
+        end += b * T
+    first, last, begin, free, free_stop, masked = _span(
+        start, end, column, T, CAUSAL, False, LIMITS, BN, BM
+    )
+    d = tl.arange(0, D)
+    columns = column + tl.arange(0, BN)
+    inside = columns[:, None] < T
+    k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=inside, other=0.0).to(DOT)
+    v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=inside, other=0.0).to(DOT)
+    grad_k = tl.zeros([BN, D], tl.float32)
+    grad_v = tl.zeros([BN, D], tl.float32)
+    for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
+        turns = masked if part == 0 else (free_stop - free) // BM
+        # one loop over all heads of the group: a loop in a loop costs registers; D 128 spills
+        for i in range(heads * turns):
+            row = free + i % turns * BM
+            if part == 0:
+                row = begin + i % turns * BM
+                row = tl.where(row < free, row, row + (free_stop - free))
+            h = i // turns
+            rows = row + tl.arange(0, BM)
+            there = rows < T
+            q_tile = tl.load(
+                q + h * stride_qh + rows[:, None] * stride_qt + d[None, :],
+                mask=there[:, None], other=0.0,
+            ).to(DOT)  # (BM, D)  # fmt: skip
+            lse_t = tl.load(lse + h * T + rows, mask=there, other=0.0) * LOG2E
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            p = tl.exp2(scores * (scale * LOG2E) - lse_t[None, :])  # (BN, BM)
+            if part == 0:
+                visible = (rows[None, :] >= first[:, None]) & (rows[None, :] <= last[:, None])
+                p = tl.where(visible, p, 0.0)
+            do_tile = tl.load(
+                do + h * D + rows[:, None] * (H * D) + d[None, :], mask=there[:, None], other=0.0
+            ).to(DOT)  # (BM, D)
+            grad_v = tl.dot(p.to(DOT), do_tile, grad_v, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            delta_t = tl.load(delta + h * T + rows, mask=there, other=0.0)
+            ds = p * (dp - delta_t[None, :])
+            grad_k = tl.dot(ds.to(DOT), q_tile, grad_k, input_precision="ieee")
+    here = (b * T * G + g) * D + columns[:, None] * (G * D) + d[None, :]
+    tl.store(dk + here, (grad_k * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + here, grad_v.to(dv.dtype.element_ty), mask=inside)
+
+
+INTERPRETED = triton is not None and not isinstance(_forward, triton.JITFunction)
+KERNELS = {"forward": _forward, "dq": _backward_dq, "dkv": _backward_dkv}
+
+# (BM, BN, warps, stages) by chip and head_dim; float32 is there to be exact, not to be fast. Chosen
+# from what Triton 3.6 and 3.9 compile for sm_80, sm_90 and gfx942: no spills anywhere, wgmma on
+# sm_90, and in "other" at most 64 KiB of shared memory, which any chip has. Not yet measured on a
+# GPU.
+CONFIGS = {
+    "hopper": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 64, 4, 2)},
+    "hopper, D 128": {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkv": (32, 64, 4, 2)},
+    "other": {"forward": (128, 32, 8, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 8, 1)},
+    "float32": {"forward": (32, 32, 8, 1), "dq": (32, 16, 8, 1), "dkv": (32, 32, 8, 1)},
+}
+
+
+def _config(name: str, dtype: torch.dtype, D: int, hopper: bool) -> tuple[int, int, int, int]:
+    row = "float32" if dtype == torch.float32 else "hopper" if hopper else "other"
+    return CONFIGS["hopper, D 128" if row == "hopper" and D > 64 else row][name]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    if device.type == "cpu":  # the interpreter: any will do
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _launch(name: str, pointers: tuple[Tensor | None, ...], causal: bool, scale: float) -> None:
+    q, k, v, start = pointers[:4]
+    B, T, H, D = q.shape
+    G = k.shape[2]
+    BM, BN, warps, stages = _config(name, q.dtype, D, _is_hopper(q.device))
+    programs = B * (G * triton.cdiv(T, BN) if name == "dkv" else H * triton.cdiv(T, BM))
+    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    with torch.cuda.device_of(q):
+        KERNELS[name][(programs,)](
+            *pointers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, T, H, G,
+            CAUSAL=causal, LIMITS=start is not None,
+            # the interpreter multiplies the bit patterns of bfloat16 as if they were integers
+            DOT=tl.float32 if INTERPRETED else dot[q.dtype],
+            D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, D) in q's dtype and L (B, H, T) float32, contiguous and not filled."""
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("kernels::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    o, lse = _outputs(q)
+    _launch("forward", (q, k, v, start, end, o, lse), causal, scale)
+    return o, lse
+
+
+@_attention.register_fake
+def _(q, k, v, start, end, causal, scale):
+    return _outputs(q)
+
+
+@torch.library.custom_op("kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, dlse = do.contiguous(), dlse.contiguous()  # the gradient of a sum has stride 0
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)  # written by the first kernel for the second
+    limits = (start, end)
+    _launch("dq", (q, k, v, *limits, o, lse, do, dlse, dq, delta), causal, scale)
+    _launch("dkv", (q, k, v, *limits, lse, do, delta, dk, dv), causal, scale)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(q, k, v, start, end, o, lse, do, dlse, causal, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)  # q, k, v, START, END, o, L
+
+
+def _differentiate(ctx, do, dlse):
+    gradients = _attention_backward(*ctx.saved_tensors, do, dlse, ctx.causal, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _require(good: bool, name: str, value, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value} must be {wanted}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> None:
+    shape = tuple(q.shape)
+    _require(q.ndim == 4 and q.numel() > 0, "q.shape", shape, "(B, T, H, D), none of them 0")
+    B, T, H, D = shape
+    G = k.shape[2] if k.ndim == 4 else 0
+    good = k.shape == (B, T, G, D) and G > 0 and H % G == 0
+    _require(good, "k.shape", tuple(k.shape), f"({B}, {T}, G, {D}), as q, with G dividing H={H}")
+    _require(v.shape == k.shape, "v.shape", tuple(v.shape), f"{tuple(k.shape)}, as k")
+    for name, x in (("k", k), ("v", v)):
+        _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"{q.dtype}, as q")
+        _require(x.device == q.device, f"{name}.device", x.device, f"{q.device}, as q")
+    _require(q.is_floating_point(), "q.dtype", q.dtype, "a floating-point type")
+    if window is not None:
+        _require(window >= 1, "window", window, "at least 1: a token sees itself")
+    if documents is not None:
+        x = documents
+        _require(x.shape == (B, T), "documents.shape", tuple(x.shape), f"{(B, T)}, as q")
+        _require(x.device == q.device, "documents.device", x.device, f"{q.device}, as q")
+        integer = not (x.is_floating_point() or x.is_complex())
+        _require(integer, "documents.dtype", x.dtype, "an integer type: they are ids")
+
+
+def _check_triton(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if triton is None:
+        raise ImportError("implementation='triton' needs Triton: pip install triton")
+    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+    _require(q.is_cuda or INTERPRETED, "q.device", q.device, wanted)
+    _require(q.dtype in DTYPES, "q.dtype", q.dtype, f"one of {DTYPES}")
+    _require(q.shape[3] in HEAD_DIMS, "head_dim", q.shape[3], f"one of {HEAD_DIMS}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.stride(3) == 1, f"{name}.stride(3)", x.stride(3), "1; call .contiguous() first")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each query's mix of the values it may see: (B, T, H, D), contiguous, in q's dtype.
+
+    Args:
+        q (B, T, H, D); k, v (B, T, G, D), one dtype; query head h uses key/value head h // (H / G).
+        causal: position t sees the positions up to t; else all.
+        window: of these only those less than `window` away (behind, and ahead if not causal).
+        documents: (B, T) integer ids; of these only those in the same run of equal ids.
+        scale: of the scores; None: 1 / sqrt(D).
+        return_lse: also return L (B, H, T) float32, the log-sum-exp of each query's scores;
+            gradients flow through it too.
+        implementation: "triton" is the kernels: float16, bfloat16 or float32, D in 32, 64, 128,
+            last strides 1, on a GPU or in Triton's interpreter; "reference" holds all scores, for
+            any dtype, D and device; "auto" is "triton" for tensors of such dtype and D on a GPU
+            if Triton is installed, else "reference".
+    No dropout, and no second derivative through the kernels.
+    """
+    names = ("auto", "reference", "triton")
+    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
+    _check(q, k, v, window, documents)
+    if implementation == "auto":
+        good = q.is_cuda and q.dtype in DTYPES and q.shape[3] in HEAD_DIMS
+        implementation = "triton" if good and triton is not None else "reference"
+    if implementation == "reference":
+        o, lse = attention_reference(
+            q, k, v, causal=causal, window=window, documents=documents, scale=scale
+        )
+        return (o, lse) if return_lse else o
+    _check_triton(q, k, v)
+    B, T, _, D = q.shape
+    start = end = None
+    if documents is not None or window is not None:
+        start, end = visible_limits(B, T, q.device, window, documents)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    o, lse = torch.ops.kernels.attention(q, k, v, start, end, causal, scale)
+    return (o, lse) if return_lse else o
+
+
+def aot_cases() -> list[dict]:
+    """What to compile without a GPU: bfloat16, causal, with and without limits, D 128 and 64."""
+    cases = []
+    for hopper, targets in ((True, ("sm_90",)), (False, ("sm_80", "gfx942"))):
+        for name, kernel in KERNELS.items():
+            for D, limits in ((128, False), (128, True), (64, False), (64, True)):
+                BM, BN, warps, stages = _config(name, torch.bfloat16, D, hopper)
+                constexprs = {"CAUSAL": True, "LIMITS": limits, "DOT": tl.bfloat16}
+                constexprs |= {"D": D, "BM": BM, "BN": BN}
+                if not limits:
+                    constexprs |= {"start": None, "end": None}
+                kinds = {"start": "*i32", "end": "*i32", "scale": "fp32"}
+                kinds |= dict.fromkeys(("lse", "dlse", "delta"), "*fp32")
+                kinds |= dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16")
+                kinds |= dict.fromkeys(constexprs, "constexpr")
+                signature = {a: kinds.get(a, "i32") for a in kernel.arg_names}
+                wide = [a for a, kind in signature.items() if kind[0] == "*" or "stride" in a]
+                cases.append(
+                    {
+                        "name": f"attention{kernel.__name__}, D {D}{', limits' if limits else ''}",
+                        "kernel": kernel,
+                        "signature": signature,
+                        "constexprs": constexprs,
+                        "divisible": [*wide, "T"],
+                        "options": {"num_warps": warps, "num_stages": stages},
+                        "expect": {"wgmma", "vector16"},
+                        "targets": targets,
+                    }
+                )
+    return cases
+
+
+def largest_errors(device: str, T: int, **options) -> list[float]:
+    """Differences of o, L, dq, dk, dv to the float64 reference, for float32 normal numbers."""
+    B, H, G, D = 1, 2, 1, 64
+    shapes = [(B, T, H, D), (B, T, G, D), (B, T, G, D)]
+    leaves = [torch.randn(shape, device=device) for shape in shapes]
+    upstream = [torch.randn(shape, device=device) for shape in ((B, T, H, D), (B, H, T))]
+    results = []
+    for dtype, implementation in ((torch.float32, "triton"), (torch.float64, "reference")):
+        x = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        out = attention(*x, **options, return_lse=True, implementation=implementation)
+        results.append((*out, *torch.autograd.grad(out, x, [u.to(dtype) for u in upstream])))
+    return [(a - b).abs().max().item() for a, b in zip(*results)]
+
+
+def check(device: str, T: int) -> None:
+    print(f"largest differences to float64, T {T:4}      o      L     dq     dk     dv")
+    documents = (3 * torch.arange(T, device=device) // T)[None]  # (1, T)
+    for name, options in (
+        ("causal", {}),
+        ("full", {"causal": False}),
+        ("causal, window", {"window": T // 4}),
+        ("causal, documents", {"documents": documents}),
+        ("full, window, documents", {"causal": False, "window": T // 4, "documents": documents}),
+    ):
+        errors = largest_errors(device, T, **options)
+        print(f"    {name:32}" + "".join(f"{error:7.0e}" for error in errors))
+        assert max(errors) < 2e-5, "this is not attention"
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] > k.shape[1]
+    with sdpa_kernel(backend):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return o.transpose(1, 2)
+
+
+def milliseconds(way, B: int, T: int, H: int, G: int, D: int) -> tuple[float, float]:
+    """Of forward, and of forward + backward: bfloat16, causal, q, k, v views of one projection."""
+    qkv = torch.randn(B, T, H + 2 * G, D, dtype=torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_() for x in qkv.split((H, G, G), dim=2)]
+    do = torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda")
+    forward = triton.testing.do_bench(lambda: way(*leaves))
+    return forward, triton.testing.do_bench(lambda: torch.autograd.grad(way(*leaves), leaves, do))
+
+
+def benchmark() -> None:
+    """Errors, then times beside torch's on a GPU; without one, errors in the interpreter."""
+    torch.manual_seed(0)
+    if not torch.cuda.is_available():
+        check("cpu", 65)
+        print("ok in Triton's interpreter; there is no GPU to time")
+        return
+    check("cuda", 500)
+    ways = {"triton": attention}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        ways[f"SDPA {backend.name}"] = partial(sdpa, backend=backend)
+    print(f"{torch.cuda.get_device_name()}; TFLOP/s count 2 products forward and 5 backward")
+    for B, T, H, G, D in ((128, 512, 4, 2, 128), (128, 512, 8, 8, 64), (8, 4096, 16, 4, 128)):
+        print(f"B {B}, T {T}, H {H}, G {G}, D {D}: forward ms, TFLOP/s; with backward ms, TFLOP/s")
+        for name, way in ways.items():
+            try:
+                forward, both = milliseconds(way, B, T, H, G, D)
+            except RuntimeError as error:  # a back end that is not built in, or takes no such input
+                print(f"    {name:24} did not run: {str(error).splitlines()[0]}")
+                continue
+            gflop = 2 * B * T * T * H * D / 1e9
+            rates = f"{forward:8.3f} {gflop / forward:6.0f} {both:8.3f} {3.5 * gflop / both:6.0f}"
+            print(f"    {name:24} {rates}")
+
+
+if __name__ == "__main__":
+    benchmark()
