@@ -21,10 +21,17 @@ be compared between tokenisers. Validation scores every token of the validation 
 rows that begin with a story. For the built-in stories the exact entropy of the same text is
 printed beside the loss: no model's expected loss is below that floor.
 
-A run lives in its `--out` folder: config.json, vocabulary.json, metrics.jsonl, and the newest
-checkpoints. A checkpoint holds all that the next step depends on, and the data position is
-the step itself, so a run that was killed and resumed computes the same numbers as one that was
-not. Its name carries a checksum of its content: a file cut short is recognised and passed over.
+A run lives in its `--out` folder: config.json, vocabulary.json, metrics.jsonl, the newest
+checkpoints and the best. A checkpoint holds all that the next step depends on, and the position in
+the data is one number in it, so a run that was killed and resumed computes the same numbers as one
+that was not. Its name carries a checksum of its content: a file cut short is recognised and passed
+over. A guard judges each step by its loss and its gradient before the update: a batch that would
+do harm is left out, and where the harm is done already the run goes back to a checkpoint and on
+with the data behind the spike.
+
+Same numbers: on a CPU, for the same seed, version, number of threads and machine, always. On a GPU
+the fast kernels for attention and embeddings add in no fixed order and two runs part slowly;
+--deterministic takes those that do.
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -56,7 +63,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -75,12 +81,20 @@ from torch import Tensor
 
 from data import batches, bpe, stories, tinystories
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # not on Windows: there runs are not locked, and memory is not measured
+    fcntl = resource = None
+
 losses = importlib.import_module("01_loss")
 gpt = importlib.import_module("03_gpt")
 adamw = importlib.import_module("04_adamw")
 schedules = importlib.import_module("05_schedules")
+stability = importlib.import_module("08_stability")
 
-KEEP = 2  # checkpoints kept: the newest, and one before it in case the newest is damaged
+KEEP = 3  # newest checkpoints kept, in case the last one is damaged; the best is kept too
+MAX_REWINDS = 5  # a run that goes back more often has something wrong with it
 HELD_OUT = 50  # of a user's file, one story in 50 is kept for validation
 VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
@@ -122,6 +136,8 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.98
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
+    guard: str = "on"  # "on": leave out steps that would do harm, go back if they persist; "off"
+    deterministic: bool = False  # same numbers on a GPU too, where that costs time
     log_every: int = 100  # steps
     eval_every: int = 400  # steps
     eval_tokens: int = 20_000  # validation tokens scored while training; at the end: all
@@ -151,6 +167,7 @@ class Config:
             ("schedule", schedules.SCHEDULES),
             ("rows", ("stories", "blocks")),
             ("dtype", ("auto", "float32", "bfloat16")),
+            ("guard", ("on", "off")),
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
                   "one of " + ", ".join(choices))  # fmt: skip
@@ -234,8 +251,16 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory used so far, 10^9 bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def make_deterministic() -> None:
+    """Makes torch take kernels that add in a fixed order, and fail where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's manual
+    torch.use_deterministic_algorithms(True)
 
 
 # Data: text -> vocabulary -> token files, made once and kept in the cache
@@ -359,7 +384,7 @@ def prepare(config: Config) -> Data:
     return Data(vocabulary, train, val, about_train, about_val)
 
 
-# The run folder: config.json, vocabulary.json, metrics.jsonl, step-STEP-CHECKSUM.pt
+# The run folder: config.json, vocabulary.json, metrics.jsonl, lock, step-STEP-CHECKSUM.pt
 
 # what a resumed run may be given anew; all else has to be as it was
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
@@ -396,7 +421,7 @@ def check_folder(config: Config) -> None:
     folder = Path(config.out)
     stored = stored_config(folder)
     if stored is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {"lock"}):
             raise RunError(f"--out {folder}: not empty and not a run; choose another folder")
         return
     for name, value in asdict(config).items():
@@ -412,6 +437,38 @@ def check_folder(config: Config) -> None:
         )
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds folder/lock, so that no other run writes here; the system releases it, come what may.
+
+    Raises: RunError when another process holds it.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"--out {folder}: another process is training in it; wait, or choose another folder"
+            ) from error
+        yield
+
+
+def set_up_folder(folder: Path, config: Config, vocabulary: bpe.Vocabulary) -> None:
+    """Makes the folder and what belongs to the run as a whole, where it is not there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists() or stored_config(folder) != asdict(config):
+        write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    if not (folder / "vocabulary.json").exists():
+        vocabulary.save(folder / "vocabulary.json")
+
+
+def add_metrics(folder: Path, **entry) -> None:
+    """Appends a line to metrics.jsonl. Opened anew each time: the folder may have been moved."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
     return sorted(folder.glob("step-*.pt"), reverse=True)
@@ -422,8 +479,22 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def save_checkpoint(folder: Path, state: dict) -> Path:
-    """Writes step-STEP-CHECKSUM.pt; removes all but the newest `KEEP` afterwards.
+def step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def sync_names(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, so that a power cut cannot undo a rename."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def save_checkpoint(folder: Path, state: dict, best: int) -> Path:
+    """Writes step-STEP-CHECKSUM.pt; then removes all but the newest `KEEP` and that of step `best`.
 
     At every instant the newest complete checkpoint is on disk under its final name.
     """
@@ -435,7 +506,10 @@ def save_checkpoint(folder: Path, state: dict) -> Path:
             os.fsync(file.fileno())
         path = folder / f"step-{state['step']:08d}-{checksum(part)}.pt"
         part.replace(path)
+        sync_names(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if not folder.is_dir():
+            raise RunError(f"--out {folder}: it is not a folder any more") from error
         part.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 1e6
         newest = next((path.name for path in checkpoint_files(folder)), "not there yet")
@@ -445,7 +519,8 @@ def save_checkpoint(folder: Path, state: dict) -> Path:
             f"room, then --resume from the newest, which is {newest}"
         ) from error
     for old in checkpoint_files(folder)[KEEP:]:
-        old.unlink()
+        if step_of(old) != best:
+            old.unlink()
     return path
 
 
@@ -466,6 +541,7 @@ def keep_metrics(folder: Path, step: int, max_steps: int) -> None:
     """Drops the lines of metrics.jsonl that a run resumed at `step` will write again.
 
     An evaluation stands before its step's checkpoint, but the last one of all stands behind it.
+    After a rewind the same step stands there twice, and the second time counts.
     """
     kept = []
     if (folder / "metrics.jsonl").exists():
@@ -610,6 +686,129 @@ def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
     return gpt.GPT(shape)
 
 
+@dataclass
+class Place:
+    """Where a run stands: together with weights, moments and random state, all that matters."""
+
+    step: int = 0  # steps done, those that the guard left out among them
+    batch: int = 0  # the next batch of the data: ahead of step by what a rewind passed over
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # spent so far
+    rewinds: int = 0
+    rewound_to: int = -1  # step that the last of them went back to
+    best: float = math.inf  # lowest loss of an evaluation, nats/token
+    best_step: int = -1
+
+
+class Run:
+    """Model, optimiser and guard of a run, and the place where it stands."""
+
+    def __init__(self, config: Config, vocabulary: bpe.Vocabulary, device: torch.device, dtype):
+        self.config, self.vocabulary, self.device, self.dtype = config, vocabulary, device, dtype
+        self.folder = Path(config.out)
+        self.model = build(config, vocabulary).to(device)
+        self.optimizer = adamw.AdamW(
+            adamw.param_groups(self.model.named_parameters(), config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+        self.guard = stability.SpikeGuard()
+        self.place = Place()
+        self.started = time.perf_counter()
+        self.loss_sum = torch.compile(self._loss_sum) if config.compile else self._loss_sum
+
+    def _loss_sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            h = self.model.hidden(x)  # (B, T, C)
+            weight = self.model.embedding.weight  # (V, C)
+            return losses.linear_cross_entropy(h, weight, y, reduction="sum")
+
+    def backward(self, x: Tensor, y: Tensor, count: int) -> Tensor:
+        """Adds the gradient of the mean loss over `count` targets; returns that loss, ()."""
+        loss = torch.zeros((), device=self.device)
+        parts = self.config.accumulate
+        for x_part, y_part in zip(x.chunk(parts), y.chunk(parts)):
+            part = self.loss_sum(x_part, y_part) / count
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    @property
+    def seconds(self) -> float:
+        return self.place.seconds + time.perf_counter() - self.started
+
+    def save(self) -> Path:
+        """Writes a checkpoint; makes the folder again where somebody has removed it."""
+        cuda = self.device.type == "cuda"
+        state = {
+            "step": self.place.step,
+            "place": asdict(self.place) | {"seconds": self.seconds},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "config": asdict(self.config),
+        }
+        set_up_folder(self.folder, self.config, self.vocabulary)
+        return save_checkpoint(self.folder, state, self.place.best_step)
+
+    def restore(self, state: dict | None) -> None:
+        """Goes to where a checkpoint was taken; without one, to the beginning."""
+        if state is None:
+            self.model.load_state_dict(build(self.config, self.vocabulary).state_dict())
+            self.optimizer.state.clear()
+            self.guard, self.place = stability.SpikeGuard(), Place()
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.place = Place(**state["place"])
+
+    def rewind(self) -> None:
+        """Goes back to the newest checkpoint, and on with the data behind the present batch.
+
+        Where that is the one gone back to the last time, the harm is older than it: it is deleted,
+        and the one before it is taken.
+        """
+        past = self.place
+        if past.rewinds == MAX_REWINDS:
+            raise RunError(
+                f"went back {MAX_REWINDS} times and the loss still spikes, at step {past.step}; "
+                "try a lower --learning-rate in another --out"
+            )
+        for path in checkpoint_files(self.folder):
+            if step_of(path) == past.rewound_to:
+                path.unlink()
+        self.restore(load_checkpoint(self.folder))
+        self.place.batch = past.batch + 1
+        self.place.rewinds, self.place.rewound_to = past.rewinds + 1, self.place.step
+        self.place.seconds = past.seconds  # the time since is counted from self.started
+
+
+def describe(run: Run, data: Data, source: batches.Batches, reason: str) -> None:
+    """The first lines of the log: what is about to be trained, on what, and what to expect."""
+    config, about, floor = run.config, data.about_train, data.about_val.floor_nats
+    flops, peak = gpt.flops_per_token(run.model.config), peak_tflops(run.device)
+    print(f"machine  {device_name(run.device)}, torch {torch.__version__}, {run.dtype}: {reason}")
+    print("config   " + " ".join(f"{name}={value}" for name, value in asdict(config).items()))
+    print(
+        f"data     {about.source}: {about.stories:,} stories, {about.tokens:,} tokens of "
+        f"{data.vocabulary.size:,}; an epoch is {len(source) / config.batch_size:,.0f} steps"
+    )
+    print(
+        f"model    {config.model}: {gpt.parameter_count(run.model.config):,} parameters, "
+        f"{flops / 1e6:.1f} MFLOP/token, GPU peak "
+        + (f"{peak} TFLOP/s" if peak else "unknown: no mfu")
+    )
+    print(f"expect   {math.log(data.vocabulary.size):.4f} nats at step 0 (ln V)", end="")
+    print("" if floor is None else f", and at best about {floor:.4f} at the end, the floor")
+
+
 def train(config: Config) -> dict[str, float]:
     """Runs the whole job and returns the figures of its last lines.
 
@@ -618,20 +817,16 @@ def train(config: Config) -> dict[str, float]:
     started = time.perf_counter()
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
-    folder = Path(config.out)
+    if config.deterministic:
+        make_deterministic()
     check_folder(config)
-    print(f"machine  {device_name(device)}, torch {torch.__version__}, {dtype}: {reason}")
-    print("config   " + " ".join(f"{name}={value}" for name, value in asdict(config).items()))
 
     # 1. data: rows of tokens, a batch of them for each step
     try:
         data = prepare(config)
     except ValueError as error:  # the text is not as wanted
         raise RunError(str(error)) from error
-    vocabulary, end = data.vocabulary, data.vocabulary.end
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    vocabulary.save(folder / "vocabulary.json")
+    end = data.vocabulary.end
     if config.rows == "stories":
         rows = batches.story_rows(data.train, end, config.seq_len)
     else:
@@ -640,137 +835,123 @@ def train(config: Config) -> dict[str, float]:
     size = (config.batch_size, config.seq_len, config.seed, device)
     source = batches.Batches(data.train, rows, *size)
     val = batches.Batches(data.val, val_rows, *size)
-    token_bytes = torch.tensor(vocabulary.token_bytes, device=device)  # (V,)
-    about = data.about_train
-    print(
-        f"data     {about.source}: {about.stories:,} stories, {about.tokens:,} tokens of "
-        f"{vocabulary.size:,}; an epoch is {len(source) / config.batch_size:,.0f} steps"
-    )
+    token_bytes = torch.tensor(data.vocabulary.token_bytes, device=device)  # (V,)
 
     # 2. model and optimiser
-    model = build(config, vocabulary).to(device)
-    optimizer = adamw.AdamW(
-        adamw.param_groups(model.named_parameters(), config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-    )
+    run = Run(config, data.vocabulary, device, dtype)
+    run.started = started
     multiplier = schedules.SCHEDULES[config.schedule]
-    meter = Meter(gpt.flops_per_token(model.config), peak_tflops(device))
-    print(
-        f"model    {config.model}: {gpt.parameter_count(model.config):,} parameters, "
-        f"{meter.flops / 1e6:.1f} MFLOP/token, GPU peak "
-        + (f"{meter.peak} TFLOP/s" if meter.peak else "unknown: no mfu")
-    )
-    print(f"expect   {math.log(vocabulary.size):.4f} nats at step 0 (ln V)", end="")
-    floor = data.about_val.floor_nats
-    print("" if floor is None else f", and at best about {floor:.4f} at the end, the floor")
+    meter = Meter(gpt.flops_per_token(run.model.config), peak_tflops(device))
+    describe(run, data, source, reason)
+    folder = run.folder
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def loss_sum(x: Tensor, y: Tensor) -> Tensor:
-        """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            h = model.hidden(x)  # (B, T, C)
-            return losses.linear_cross_entropy(h, model.embedding.weight, y, reduction="sum")
+    with locked(folder), signals_noted() as stops:
+        check_folder(config)  # again: another run may have been first
+        set_up_folder(folder, config, data.vocabulary)
 
-    if config.compile:
-        loss_sum = torch.compile(loss_sum)
+        # 3. where to begin
+        state = load_checkpoint(folder) if config.resume else None
+        if state is not None:
+            run.restore(state)
+            print(f"resume   at step {run.place.step}")
+        keep_metrics(folder, run.place.step, config.max_steps)
 
-    # 3. where to begin
-    first, tokens, seconds_before = 0, 0, 0.0
-    state = load_checkpoint(folder) if config.resume else None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        first, tokens, seconds_before = state["step"], state["tokens"], state["seconds"]
-        print(f"resume   at step {first}")
-    keep_metrics(folder, first, config.max_steps)
+        while run.place.step < config.max_steps:
+            began, step, place = time.perf_counter(), run.place.step, run.place
 
-    with signals_noted() as stops, open(folder / "metrics.jsonl", "a", buffering=1) as metrics:
-        for step in range(first, config.max_steps):
-            began = time.perf_counter()
+            # 4. gradient of the mean loss over all targets of this step, clipped
+            x, y, count = source.batch(place.batch)  # (B, T), (B, T)
+            loss = run.backward(x, y, count)
+            named = list(run.model.named_parameters())
+            norm = stability.clip_grad_norm_(named, config.grad_clip or math.inf)
 
-            # 4. gradient of the mean loss over all targets of this step
-            x, y, count = source.batch(step)  # (B, T), (B, T)
-            loss = torch.zeros((), device=device)
-            for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
-                part = loss_sum(x_part, y_part) / count
-                part.backward()
-                loss += part.detach()
-
-            # 5. clip, then update
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            # 5. judge it, then update: a step that would do harm is left out or undone
+            if config.guard == "on":
+                verdict = run.guard.judge(loss.item(), norm.item(), count)
+            else:
+                verdict = stability.Verdict("go", "not judged")
             rate = config.learning_rate * multiplier(
                 step, config.max_steps, config.warmup_steps, skip_zero=True
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            done, tokens = step + 1, tokens + count
+            if verdict.action == "go":
+                for group in run.optimizer.param_groups:
+                    group["lr"] = rate
+                run.optimizer.step()
+                place.tokens += count
+            else:
+                names = stability.nonfinite_gradients(named)
+                reason = verdict.reason
+                if names:
+                    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                    reason += f"; gradient not finite in {', '.join(names[:3])}{more}"
+                print(f"guard    step {step}, batch {place.batch}: {verdict.action}: {reason}")
+                add_metrics(folder, step=step, guard=verdict.action, reason=reason)
+            run.optimizer.zero_grad()
+            if verdict.action == "rewind":
+                run.rewind()
+                print(
+                    f"guard    back to step {run.place.step}, and on with batch {run.place.batch}"
+                )
+                continue
+            place.step, place.batch = step + 1, place.batch + 1
+            meter.add(count, time.perf_counter() - began)
 
-            # 6. log: only here and at checkpoints does the host wait for the device
-            logging = step % config.log_every == 0
-            stopping = bool(stops)
-            saving = done % config.checkpoint_every == 0 or done == config.max_steps or stopping
-            if (logging or saving) and not math.isfinite(loss.item() + norm.item()):
+            # 6. log
+            if step % config.log_every == 0 and verdict.action == "go":
+                entry = {"loss": loss.item(), "lr": rate, "gnorm": norm.item()}
+                add_metrics(folder, step=step, **entry)
+                print(
+                    f"step {step:6d}/{config.max_steps} | loss {entry['loss']:.4f} nats | "
+                    f"lr {rate:.2e} | gnorm {entry['gnorm']:.2f}"
+                    + meter.line(config.max_steps - place.step)
+                )
+            if config.guard == "off" and not math.isfinite(loss.item() + norm.item()):
                 raise RunError(
                     f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; try a "
                     "lower --learning-rate in another --out"
                 )
-            meter.add(count, time.perf_counter() - began)
-            if logging:
-                entry = {"step": step, "loss": loss.item(), "lr": rate, "gnorm": norm.item()}
-                metrics.write(json.dumps(entry) + "\n")
-                print(
-                    f"step {step:6d}/{config.max_steps} | loss {entry['loss']:.4f} nats | "
-                    f"lr {rate:.2e} | gnorm {entry['gnorm']:.2f}"
-                    + meter.line(config.max_steps - done)
-                )
 
             # 7. evaluate, save, stop
-            if done % config.eval_every == 0 and done < config.max_steps:
-                nats, bpb = evaluate(loss_sum, val, token_bytes, config.eval_tokens)
-                metrics.write(json.dumps({"step": done, "val_nats": nats, "val_bpb": bpb}) + "\n")
-                print(f"eval {done:6d}/{config.max_steps} | val {nats:.4f} nats | {bpb:.4f} bpb")
-            if saving:
-                path = save_checkpoint(
-                    folder,
-                    {
-                        "step": done,  # the next step, and the position in the data
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "rng": torch.get_rng_state(),
-                        "tokens": tokens,
-                        "seconds": seconds_before + time.perf_counter() - started,
-                        "config": asdict(config),
-                    },
+            last, stopping = place.step == config.max_steps, bool(stops)
+            best = False
+            if place.step % config.eval_every == 0 and not last:
+                nats, bpb = evaluate(run.loss_sum, val, token_bytes, config.eval_tokens)
+                best = nats < place.best
+                if best:
+                    place.best, place.best_step = nats, place.step
+                add_metrics(folder, step=place.step, val_nats=nats, val_bpb=bpb)
+                print(
+                    f"eval {place.step:6d}/{config.max_steps} | val {nats:.4f} nats | "
+                    f"{bpb:.4f} bpb" + (" | best so far" if best else "")
                 )
-            if stopping and done < config.max_steps:
+            if place.step % config.checkpoint_every == 0 or best or last or stopping:
+                path = run.save()
+            if stopping and not last:
                 name = signal.Signals(stops[0]).name
                 raise Stopped(f"{name} after step {step}: saved {path}; --resume goes on from it")
 
         # 8. the whole validation text, and stories
-        nats, bpb = evaluate(loss_sum, val, token_bytes, limit=len(data.val))
-        entry = {"step": config.max_steps, "val_nats": nats, "val_bpb": bpb}
-        metrics.write(json.dumps(entry) + "\n")
-    seconds = seconds_before + time.perf_counter() - started
+        nats, bpb = evaluate(run.loss_sum, val, token_bytes, limit=len(data.val))
+        add_metrics(folder, step=config.max_steps, val_nats=nats, val_bpb=bpb)
+    seconds = run.seconds
     if config.data == "stories":
-        texts = write_stories(model, vocabulary, config, count=SAMPLED_STORIES)
+        texts = write_stories(run.model, data.vocabulary, config, count=SAMPLED_STORIES)
         sound = count_sound(texts)
         print(f"sound    {sound} of {len(texts)} sampled stories break no rule of the grammar")
     else:
-        texts = write_stories(model, vocabulary, config)
+        texts = write_stories(run.model, data.vocabulary, config)
     print(f"sample   (temperature {config.temperature}, min_p {config.min_p})\n\n{texts[0]}\n")
     results = {
         "val_nats": nats,
-        "floor_nats": floor,
+        "floor_nats": data.about_val.floor_nats,
         "val_bpb": bpb,
-        "tokens": tokens,
+        "tokens": run.place.tokens,
         "seconds": seconds,
         "tokens_per_second": meter.tokens_per_second,
         "mfu_percent": meter.mfu_percent,
         "peak_memory_gb": peak_memory_gb(device),
-        "parameters": gpt.parameter_count(model.config),
+        "parameters": gpt.parameter_count(run.model.config),
     }
     results = {name: value for name, value in results.items() if value is not None}
     for name, value in results.items():
@@ -858,6 +1039,15 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         print(f"stopped  {stopped}")
         return 130
+    except torch.OutOfMemoryError:
+        print(
+            "06_train.py: error: the GPU's memory is too small for this batch; double --accumulate",
+            file=sys.stderr,
+        )
+        return 2
+    except OSError as error:
+        print(f"06_train.py: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped  at once; what the run has saved is there for --resume")
         return 130
