@@ -3,8 +3,8 @@
 For every number p with gradient g and moments m, v, at step t = 1, 2, ...:
 
     g = k g,  k = min(1, max_norm / (norm + 1e-6))    clipping, if a norm is given
-    m = m + (1 - beta1) (g - m)
-    v = v + (1 - beta2) (g g - v)
+    m = beta1 m + (1 - beta1) g
+    v = beta2 v + (1 - beta2) g g
     p = p - lr weight_decay p - (lr c2 / c1) m / (sqrt(v) + eps c2)
         with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t)
 
@@ -118,7 +118,9 @@ def _scalars(
 
 
 @jit
-def _update(p_ptr, g_ptr, m_ptr, v_ptr, count, decay, scalars_ptr, a1, a2, CHUNK: tl.constexpr):
+def _update(
+    p_ptr, g_ptr, m_ptr, v_ptr, count, decay, scalars_ptr, b1, a1, b2, a2, CHUNK: tl.constexpr
+):  # fmt: skip
     """The step for `count` numbers of one tensor; the rest of CHUNK is not touched."""
     k, lr = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
     size, small = tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
@@ -127,8 +129,8 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, count, decay, scalars_ptr, a1, a2, CHUNK
     g = tl.load(g_ptr + i, i < count, other=0.0) * k
     m = tl.load(m_ptr + i, i < count, other=0.0)
     v = tl.load(v_ptr + i, i < count, other=0.0)
-    m += a1 * (g - m)
-    v += a2 * (g * g - v)
+    m = b1 * m + a1 * g
+    v = b2 * v + a2 * g * g
     p -= lr * decay * p + size * m / (tl.sqrt(v) + small)
     tl.store(p_ptr + i, p, i < count)
     tl.store(m_ptr + i, m, i < count)
@@ -139,8 +141,10 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, count, decay, scalars_ptr, a1, a2, CHUNK
 def _adamw(
     table_ptr,  # (chunks, 6) int64: addresses of p, g, m, v; count; bits of the float32 decay
     scalars_ptr,  # (4,) float32 from _scalars
-    a1,  # 1 - beta1
-    a2,  # 1 - beta2
+    b1,  # beta1
+    a1,  # 1 - beta1, which float32 would not get right to more than four digits
+    b2,
+    a2,
     CHUNK: tl.constexpr,
 ):
     """Program i takes chunk i, 16 bytes at a time if it is whole and its addresses allow.
@@ -157,9 +161,9 @@ def _adamw(
     if (count == CHUNK) & aligned:
         p, g = tl.multiple_of(p, 16), tl.multiple_of(g, 16)
         m, v = tl.multiple_of(m, 16), tl.multiple_of(v, 16)
-        _update(p, g, m, v, CHUNK, decay, scalars_ptr, a1, a2, CHUNK)
+        _update(p, g, m, v, CHUNK, decay, scalars_ptr, b1, a1, b2, a2, CHUNK)
     else:
-        _update(p, g, m, v, count, decay, scalars_ptr, a1, a2, CHUNK)
+        _update(p, g, m, v, count, decay, scalars_ptr, b1, a1, b2, a2, CHUNK)
 
 
 @jit
@@ -234,11 +238,12 @@ def _adamw_op(
 ) -> None:
     table = _table((params, grads, exp_avgs, exp_avg_sqs), weight_decay)
     scalars = torch.empty(4, dtype=torch.float32, device=table.device)
+    rates = beta1, 1 - beta1, beta2, 1 - beta2
     log2 = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
     if len(table):
         with torch.cuda.device_of(table):
             _scalars[(1,)](lr, step, norm, scalars, *log2, eps, max_norm, num_warps=1)
-            _adamw[(len(table),)](table, scalars, 1 - beta1, 1 - beta2, **TILE)
+            _adamw[(len(table),)](table, scalars, *rates, **TILE)
 
 
 @torch.library.custom_op("kernels::grad_norm", mutates_args=())
@@ -276,7 +281,7 @@ def _use_triton(implementation: str, lists: dict[str, Sequence[Tensor]]) -> bool
             fits = x.dtype == torch.float32 and x.is_contiguous() and x.device == device
             if not (fits and place) and implementation == "auto":
                 return False
-            wanted = "on a GPU, or on a CPU with TRITON_INTERPRET=1 set before Python starts"
+            wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
             _require(place, f"{name}[{i}].device", x.device, wanted)
             _require(x.device == device, f"{name}[{i}].device", x.device, f"{device}, as the first")
             _require(x.dtype == torch.float32, f"{name}[{i}].dtype", x.dtype, "torch.float32")
@@ -358,7 +363,7 @@ def aot_cases() -> list[dict]:
     """What to compile without a GPU; the addresses in the table need no attribute."""
     cases = []
     for kernel, types in (
-        (_adamw, "*i64 *fp32 fp32 fp32 constexpr"),
+        (_adamw, "*i64 *fp32 fp32 fp32 fp32 fp32 constexpr"),
         (_square_sum, "*i64 *fp32 constexpr"),
         (_scalars, "*fp64 *fp64 *fp32 *fp32 fp32 fp32 fp32 fp32"),
     ):

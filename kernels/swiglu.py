@@ -40,7 +40,7 @@ except ImportError:  # the reference works without it
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Columns of a program, 8 for each of 128 threads: in bf16 one access of 16 bytes to each tensor (two
+# Columns of a program, 8 for each of 128 threads: in bf16 one access of 16 bytes a tensor (two
 # threads share them on gfx942, where a warp has 64). Compiled for sm_90 by Triton 3.9 and 3.6: at
 # most 32 registers, no spills. Not yet measured on a GPU.
 TILE = {"BLOCK": 1024, "num_warps": 4}
