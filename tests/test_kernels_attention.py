@@ -1,0 +1,550 @@
+"""Tests of kernels/attention.py: against a dense float64 reference, torch's own, and by property.
+
+Run: python -m pytest tests/test_kernels_attention.py
+Without a GPU the kernels run in Triton's interpreter (conftest.py); the tests marked gpu do not.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import attention as module
+from kernels.attention import attention
+
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("o", "L", "dq", "dk", "dv")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: on a busy machine a second thread is only waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def set_tiles(monkeypatch, BM, BN):
+    """Blocks of this size in all three kernels for float32: small ones meet every kind of block."""
+    row = dict.fromkeys(module.KERNELS, (BM, BN, 4, 1))
+    monkeypatch.setitem(module.CONFIGS, "float32", row)
+
+
+def dense(q, k, v, causal=True, window=None, documents=None, scale=None):
+    """o and L in float64: visibility decided pair by pair, in Python, from the definition."""
+    q, k, v = (x.double() for x in (q, k, v))
+    B, T, H, D = q.shape
+    visible = torch.zeros(B, T, T, dtype=torch.bool)
+    runs = [[0] * T for _ in range(B)]
+    for b in range(B):
+        for t in range(1, T):
+            changed = documents is not None and bool(documents[b, t] != documents[b, t - 1])
+            runs[b][t] = runs[b][t - 1] + changed
+        for t in range(T):
+            for s in range(T):
+                near = window is None or abs(t - s) < window
+                visible[b, t, s] = near and runs[b][t] == runs[b][s] and (s <= t or not causal)
+    o, lse = [], []
+    for h in range(H):
+        g = h // (H // k.shape[2])
+        scores = q[:, :, h] @ k[:, :, g].mT * (D**-0.5 if scale is None else scale)  # (B, T, T)
+        scores = scores.masked_fill(~visible.to(scores.device), -math.inf)
+        o.append(scores.softmax(-1) @ v[:, :, g])
+        lse.append(torch.logsumexp(scores, -1))
+    return torch.stack(o, 2), torch.stack(lse, 1)
+
+
+def random_inputs(B, T, H, G, D, dtype=torch.float32, seed=0, spread=1.0):
+    """q, k, v, and upstream gradients of o and L."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, T, H, D), (B, T, G, D), (B, T, G, D), (B, T, H, D), (B, H, T)]
+    *qkv, do, dlse = (spread * torch.randn(shape, generator=g) for shape in shapes)
+    return [x.to(DEVICE, dtype) for x in qkv], (do.to(DEVICE, dtype), dlse.to(DEVICE))
+
+
+def random_documents(B, T, mean=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, T, generator=g) < 1 / mean).cumsum(1).to(DEVICE)
+
+
+def gradients(function, qkv, upstream, **options):
+    """o, L, dq, dk, dv of the function."""
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    o, lse = function(*qkv, **options)
+    do, dlse = upstream
+    return [
+        x.detach()
+        for x in (o, lse, *torch.autograd.grad((o, lse), qkv, (do.to(o.dtype), dlse.to(lse.dtype))))
+    ]
+
+
+def kernels(q, k, v, **options):
+    return attention(q, k, v, **options, return_lse=True, implementation="triton")
+
+
+def assert_close(ours, exact, bound):
+    for name, a, b in zip(NAMES, ours, exact):
+        error = (a.double() - b.double()).abs().max().item()
+        assert error <= bound, f"{name} is off by {error:.1e}, wanted at most {bound:.1e}"
+
+
+def assert_right(shape, bound=2e-5, seed=0, **options):
+    """The kernels' values and gradients, in float32, are those of float64."""
+    qkv, upstream = random_inputs(*shape, seed=seed)
+    ours = gradients(kernels, qkv, upstream, **options)
+    exact = gradients(dense, [x.double() for x in qkv], upstream, **options)
+    assert_close(ours, exact, bound)
+
+
+OPTIONS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 20},
+    "window of 1": {"window": 1},
+    "window beyond T": {"window": 1000},
+    "full, window": {"window": 13, "causal": False},
+    "scale": {"scale": 0.3},
+    "documents": {"documents": 9},
+    "documents of 1": {"documents": 1},
+    "full, documents": {"documents": 25, "causal": False},
+    "documents, window": {"documents": 30, "window": 11},
+    "full, documents, window": {"documents": 30, "window": 11, "causal": False},
+}
+
+
+def options_of(name, B, T):
+    options = dict(OPTIONS[name])
+    if "documents" in options:
+        options["documents"] = random_documents(B, T, options["documents"])
+    return options
+
+
+# the reference
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_is_the_definition(name):
+    qkv, upstream = random_inputs(2, 29, 4, 2, 5)
+    qkv = [x.double() for x in qkv]
+    options = options_of(name, 2, 29)
+    ours = gradients(module.attention_reference, qkv, upstream, **options)
+    assert_close(ours, gradients(dense, qkv, upstream, **options), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_matches_torch(causal):
+    (q, k, v), _ = random_inputs(2, 37, 4, 2, 16)
+    o = attention(q, k, v, causal=causal, implementation="reference")
+    t = [x.transpose(1, 2) for x in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*t, is_causal=causal, enable_gqa=True)
+    torch.testing.assert_close(o, theirs.transpose(1, 2), atol=2e-6, rtol=0)
+
+
+# the kernels against float64
+
+
+@pytest.mark.parametrize("tiles", [(16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kernels_match_float64(name, tiles, monkeypatch):
+    """T = 79 is no multiple of any block; there are blocks left, right and in between."""
+    set_tiles(monkeypatch, *tiles)
+    assert_right((1, 79, 2, 1, 32), **options_of(name, 1, 79))
+
+
+@pytest.mark.parametrize("T", [1, 7, 32, 129])
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernels_match_float64_at_odd_lengths(T, causal):
+    """With the blocks that float32 has."""
+    assert_right((1, T, 1, 1, 64), causal=causal)
+
+
+@pytest.mark.parametrize("name", ["causal", "full, documents, window"])
+def test_kernels_match_float64_at_1023(name, monkeypatch):
+    set_tiles(monkeypatch, 128, 128)
+    qkv, upstream = random_inputs(1, 1023, 1, 1, 32)
+    options = options_of(name, 1, 1023)
+    exact = gradients(module.attention_reference, [x.double() for x in qkv], upstream, **options)
+    assert_close(gradients(kernels, qkv, upstream, **options), exact, 2e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (6, 2)], ids=str)
+def test_kernels_match_float64_with_shared_heads(heads, monkeypatch):
+    set_tiles(monkeypatch, 32, 32)
+    assert_right((2, 45, *heads, 32), documents=random_documents(2, 45))
+
+
+@pytest.mark.parametrize("D", module.HEAD_DIMS)
+def test_kernels_match_float64_at_each_head_dim(D, monkeypatch):
+    set_tiles(monkeypatch, 64, 32)
+    assert_right((1, 70, 2, 1, D), window=40)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_kernels_match_float64_whatever_the_shape(data):
+    G, share = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    B, T = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 50))
+    options = {"causal": data.draw(st.booleans())}
+    if data.draw(st.booleans()):
+        options["window"] = data.draw(st.integers(1, 60))
+    if data.draw(st.booleans()):
+        ids = data.draw(st.lists(st.integers(-2, 2), min_size=B * T, max_size=B * T))
+        options["documents"] = torch.tensor(ids, device=DEVICE).view(B, T).sort(1).values
+    blocks = st.sampled_from([16, 32])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_tiles(monkeypatch, data.draw(blocks), data.draw(blocks))
+        assert_right((B, T, G * share, G, 32), **options)
+
+
+@pytest.mark.parametrize("packing", ["one projection", "heads first", "every other head"])
+def test_kernels_read_strided_views(packing, monkeypatch):
+    """No copy is made for q, k, v that lie in a larger tensor, and their gradients arrive there."""
+    set_tiles(monkeypatch, 32, 32)
+    B, T, H, G, D = 2, 40, 4, 2, 32
+    if packing == "one projection":
+        whole = torch.randn(B, T, (H + 2 * G) * D, device=DEVICE)
+        views = [x.unflatten(-1, (-1, D)) for x in whole.split((H * D, G * D, G * D), -1)]
+    elif packing == "heads first":
+        whole = torch.randn(B, H + 2 * G, T, D, device=DEVICE)
+        views = [x.transpose(1, 2) for x in whole.split((H, G, G), 1)]
+    else:
+        whole = torch.randn(T, B, 2 * (H + 2 * G), D + 3, device=DEVICE)
+        views = whole[:, :, ::2, :D].transpose(0, 1).split((H, G, G), 2)
+    assert not any(x.is_contiguous() for x in views)
+    assert all(x.stride(3) == 1 for x in views)
+    _, upstream = random_inputs(B, T, H, G, D)
+    ours = gradients(kernels, views, upstream)
+    assert_close(ours, gradients(dense, [x.double() for x in views], upstream), 2e-5)
+
+
+def test_bfloat16_stays_within_its_rounding():
+    """The tiles that Hopper has, on bfloat16 tensors.
+
+    u = 2^-7 is the relative spacing of bfloat16: what its truncation on writing costs at most (the
+    interpreter truncates; a GPU rounds to nearest, half of it). Everything is computed from the
+    same bfloat16 inputs. In the interpreter products take float32, so o is off by u |o|, and its
+    gradients by u |dq| plus what o's rounding does to delta = o . do: at most u sum_d |o_d do_d|,
+    which enters dS = P (dP - delta). On a GPU P and dS are rounded as well, to u/2 each, before
+    they are multiplied. Hence with a = |P|.|v|, and so on for the others (the same sums with
+    every term made positive): o within u (|o| + a), and so on. The sums below take delta's share
+    into account by bounding |dP - delta| by |dP| + |delta| + u sum_d |o_d do_d| / u.
+    """
+    u = 2.0**-7
+    B, T, H, G, D = 1, 200, 2, 1, 128
+    qkv, (do, dlse) = random_inputs(B, T, H, G, D, torch.bfloat16)
+    dlse = torch.zeros_like(dlse)
+    ours = gradients(kernels, qkv, (do, dlse))
+    exact = gradients(dense, [x.double() for x in qkv], (do, dlse))
+    q, k, v, do = (x.double() for x in (*qkv, do))
+    o, lse = exact[:2]
+    k2, v2 = (x.repeat_interleave(H // G, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k2) / math.sqrt(D)
+    seen = torch.ones(T, T, device=DEVICE).tril()
+    p = (scores - lse[..., None]).exp() * seen  # (B, H, T, T)
+    dp = torch.einsum("bthd,bshd->bhts", do, v2).abs()
+    delta = (o * do).abs().sum(-1).transpose(1, 2)[..., None]  # (B, H, T, 1) every term positive
+    ds = p * (dp + delta)
+    sums = (
+        torch.einsum("bhts,bshd->bthd", p, v2.abs()),
+        torch.zeros_like(lse),
+        torch.einsum("bhts,bshd->bthd", ds, k2.abs()) / math.sqrt(D),
+        torch.einsum("bhts,bthd->bshd", ds, q.abs()).unflatten(2, (G, -1)).sum(3) / math.sqrt(D),
+        torch.einsum("bhts,bthd->bshd", p, do.abs()).unflatten(2, (G, -1)).sum(3),
+    )
+    for name, a, b, total in zip(NAMES, ours, exact, sums):
+        assert a.dtype == (torch.float32 if name == "L" else torch.bfloat16)
+        excess = ((a.double() - b).abs() - u * (b.abs() + total) - 1e-5).max().item()
+        assert excess <= 0, f"{name} is off by {excess:.1e} more than rounding explains"
+
+
+# properties
+
+
+def test_lse_is_torchs_logsumexp_in_natural_log():
+    (q, k, v), _ = random_inputs(1, 33, 1, 1, 32)
+    scores = (q[0, :, 0] @ k[0, :, 0].T / math.sqrt(32)).double()
+    hidden = torch.ones(33, 33, dtype=torch.bool, device=DEVICE).triu(1)
+    _, lse = kernels(q, k, v)
+    wanted = torch.logsumexp(scores.masked_fill(hidden, -math.inf), -1)
+    torch.testing.assert_close(lse[0, 0].double(), wanted, atol=2e-6, rtol=0)
+
+
+def test_same_input_gives_the_same_bits(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    qkv, upstream = random_inputs(1, 50, 2, 1, 32)
+    runs = [gradients(kernels, qkv, upstream, window=21) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_documents_do_not_see_each_other(implementation, monkeypatch):
+    """A document packed with another gives what it gives alone, whatever the other holds."""
+    set_tiles(monkeypatch, 16, 16)
+    (q, k, v), _ = random_inputs(1, 48, 1, 1, 32)
+    documents = torch.tensor([[3] * 16 + [5] * 32], device=DEVICE)
+    k[:, 16:], v[:, 16:] = 100.0, 1e6
+    o = attention(q, k, v, documents=documents, causal=False, implementation=implementation)
+    alone = attention(q[:, :16], k[:, :16], v[:, :16], causal=False, implementation="reference")
+    torch.testing.assert_close(o[:, :16], alone, atol=2e-6, rtol=0)
+    torch.testing.assert_close(o[:, 16:], v[:, 16:])  # a mix of equal values
+
+
+def test_future_does_not_leak(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    (q, k, v), _ = random_inputs(1, 40, 1, 1, 32)
+    before = kernels(q, k, v)
+    k[:, 23:], v[:, 23:] = 7.0, -3.0
+    after = kernels(q, k, v)
+    assert torch.equal(before[0][:, :23], after[0][:, :23])
+    assert not torch.equal(before[0][:, 23:], after[0][:, 23:])
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy's, where the masked exponentials are
+def test_large_scores_neither_overflow_nor_become_nan(monkeypatch):
+    """Invisible scores far above a row's log-sum-exp: exp overflows there and must not matter."""
+    set_tiles(monkeypatch, 16, 16)
+    qkv, upstream = random_inputs(1, 40, 1, 1, 32, spread=1.0)
+    qkv[1][:, 20:] *= 300  # scores up to 1e3 that rows below 20 do not see
+    ours = gradients(kernels, qkv, upstream)
+    exact = gradients(dense, [x.double() for x in qkv], upstream)
+    assert all(x.isfinite().all() for x in ours)
+    # scores of 1e3 have an error of 1e-4 in float32, and so have the weights
+    assert_close([x[:, :20] for x in ours[:1]], [x[:, :20] for x in exact[:1]], 2e-5)
+    assert_close([ours[4]], [exact[4]], 1e-2)
+
+
+@pytest.mark.parametrize("name", ["causal", "full, documents, window"])
+def test_limits_are_what_a_row_sees(name):
+    """START and END against the pairs that `dense` finds visible."""
+    T = 23
+    options = options_of(name, 2, T)
+    limits = module.visible_limits(
+        2, T, torch.device(DEVICE), options.get("window"), options.get("documents")
+    )
+    # with scores of 0 and one-hot values a row of o is 1/n where the row sees a column
+    zeros, eye = torch.zeros(2, T, 1, T), torch.eye(T).expand(2, T, T)[:, :, None]
+    options.setdefault("causal", True)
+    sees = dense(*(x.to(DEVICE) for x in (zeros, zeros, eye)), **options)[0][:, :, 0] > 0
+    for b in range(2):
+        for t in range(T):
+            columns = sees[b, t].nonzero().flatten()
+            assert columns[0] == limits[0][b, t]
+            assert columns[-1] == (t if options["causal"] else limits[1][b, t])
+            assert len(columns) == columns[-1] - columns[0] + 1
+
+
+# custom operators
+
+
+def test_operators_pass_opcheck(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    B, T, H, G, D = 1, 20, 2, 1, 32
+    qkv = torch.randn(B, T, H + 2 * G, D, device=DEVICE)
+    q, k, v = (x.requires_grad_() for x in qkv.split((H, G, G), 2))
+    limits = module.visible_limits(B, T, q.device, 5, None)
+    for start, end in ((None, None), limits):
+        torch.library.opcheck(module._attention, (q, k, v, start, end, True, 0.2))
+    q, k, v = (x.detach() for x in (q, k, v))
+    o, lse = module._attention(q, k, v, *limits, True, 0.2)
+    saved = (q, k, v, *limits, o, lse)
+    torch.library.opcheck(
+        module._attention_backward,
+        (*saved, torch.ones((), device=DEVICE).expand_as(o), torch.zeros_like(lse), True, 0.2),
+    )
+
+
+def test_gradient_of_a_sum_has_stride_zero(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    qkv, _ = random_inputs(1, 20, 1, 1, 32)
+    ours, exact = ([x.requires_grad_() for x in c] for c in (qkv, [x.double() for x in qkv]))
+    kernels(*ours)[0].sum().backward()
+    dense(*exact)[0].sum().backward()
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=2e-5, rtol=0)
+
+
+def test_kernels_compile_into_one_graph(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    documents = random_documents(2, 30)
+
+    def loss(q, k, v):
+        q = q * 2  # something for the compiler to do on both sides
+        o = attention(q, k, v, window=9, documents=documents, implementation="triton")
+        return (o * o).sum()
+
+    qkv, _ = random_inputs(2, 30, 2, 1, 32)
+    plain, compiled = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
+    loss(*plain).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for a, b in zip(plain, compiled):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_second_derivative_is_refused(monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    qkv, _ = random_inputs(1, 8, 1, 1, 32)
+    q, k, v = (x.requires_grad_() for x in qkv)
+    (dq,) = torch.autograd.grad(kernels(q, k, v)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dq.sum().backward()
+
+
+# errors and fallbacks
+
+
+def bad_inputs():
+    def zeros(*shape, **kind):
+        return torch.zeros(shape, device=DEVICE, **kind)
+
+    q, k = zeros(2, 5, 4, 32), zeros(2, 5, 2, 32)
+    strided = zeros(2, 5, 32, 4).transpose(2, 3)
+    ids = zeros(2, 5, dtype=torch.int64)
+    yield "q.shape=(2, 5, 128) must be (B, T, H, D)", (q.flatten(2), k, k), {}
+    yield "q.shape=(0, 5, 4, 32)", (q[:0], k[:0], k[:0]), {}
+    yield "k.shape=(2, 4, 2, 32) must be (2, 5, G, 32)", (q, k[:, :4], k), {}
+    yield "G dividing H=4", (q, zeros(2, 5, 3, 32), k), {}
+    yield "v.shape=(2, 5, 2, 16) must be (2, 5, 2, 32), as k", (q, k, k[..., :16]), {}
+    yield "k.dtype=torch.float16 must be torch.float32, as q", (q, k.half(), k), {}
+    yield "v.dtype=torch.float16", (q, k, k.half()), {}
+    yield "v.device=meta must be", (q, k, k.to("meta")), {}
+    yield "window=0 must be at least 1", (q, k, k), {"window": 0}
+    yield "documents.shape=(2, 4) must be (2, 5)", (q, k, k), {"documents": ids[:, :4]}
+    yield "documents.dtype=torch.float32 must be an integer", (q, k, k), {"documents": ids.float()}
+    yield "documents.device=meta", (q, k, k), {"documents": ids.to("meta")}
+    yield "implementation='fast' must be one of", (q, k, k), {"implementation": "fast"}
+    yield "q.dtype=torch.float64 must be one of", (q.double(), k.double(), k.double()), {}
+    yield "head_dim=16 must be one of (32, 64, 128)", (q[..., :16], k[..., :16], k[..., :16]), {}
+    yield "q.stride(3)=4 must be 1; call .contiguous()", (strided, k, k), {}
+
+
+@pytest.mark.parametrize("message, tensors, options", list(bad_inputs()), ids=lambda x: str(x)[:24])
+def test_attention_names_what_is_wrong(message, tensors, options):
+    with pytest.raises(ValueError) as error:
+        attention(*tensors, **{"implementation": "triton"} | options)
+    assert message in str(error.value)
+
+
+def test_reference_takes_what_the_kernels_do_not():
+    q = torch.randn(1, 6, 2, 8, dtype=torch.float64).transpose(2, 3)  # (1, 6, 8, 2), stride 8
+    torch.testing.assert_close(attention(q, q, q), dense(q, q, q)[0])
+
+
+def run_python(code, **environment):
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=variables, cwd=Path(module.__file__).parents[1],
+    )  # fmt: skip
+
+
+def test_attention_without_triton_or_interpreter_says_what_to_do():
+    code = """
+import sys
+if {block}: sys.modules["triton"] = None
+import torch
+from kernels.attention import attention
+q = torch.randn(1, 4, 1, 32)
+print(attention(q, q, q).shape)
+try:
+    attention(q, q, q, implementation="triton")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    without = run_python(code.format(block=True)).stdout
+    assert "torch.Size([1, 4, 1, 32])" in without
+    assert "ImportError implementation='triton' needs Triton: pip install triton" in without
+    on_cpu = run_python(code.format(block=False)).stdout
+    assert "ValueError q.device=cpu must be a GPU, or a CPU with TRITON_INTERPRET=1" in on_cpu
+
+
+def test_demo_runs():
+    path = Path(module.__file__)
+    if DEVICE == "cpu":
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] in module.__doc__
+
+
+# on a GPU
+
+
+GPU_SHAPES = [(64, 1), (32, 129), (128, 512), (64, 1023), (128, 4096)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D, T", GPU_SHAPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gpu_float32_matches_float64(name, D, T):
+    qkv, upstream = random_inputs(1, T, 2, 1, D)
+    options = options_of(name, 1, T)
+    exact = gradients(module.attention_reference, [x.double() for x in qkv], upstream, **options)
+    assert_close(gradients(kernels, qkv, upstream, **options), exact, 2e-5)
+
+
+def every_step_rounded(q, k, v, causal=True, window=None, documents=None, scale=None):
+    """o and L by torch in q's dtype throughout: scores, weights and o are rounded to it."""
+    B, T, H, D = q.shape
+    k, v = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v))
+    start, end = module.visible_limits(B, T, q.device, window, documents)
+    t = torch.arange(T, device=q.device)
+    visible = (t >= start[..., None]) & (t <= (t[:, None] if causal else end[..., None]))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * (D**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D, T", GPU_SHAPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gpu_half_precision_errs_at_most_twice_as_much_as_torch(name, D, T, dtype):
+    """flash-attention's criterion; plus one rounding, for where torch happens to err by nothing."""
+    qkv, upstream = random_inputs(1, T, 4, 2, D, dtype)
+    options = options_of(name, 1, T)
+    exact = gradients(module.attention_reference, [x.double() for x in qkv], upstream, **options)
+    ours = gradients(kernels, qkv, upstream, **options)
+    theirs = gradients(every_step_rounded, qkv, upstream, **options)
+    for name, a, b, rounded in zip(NAMES, ours, exact, theirs):
+        error, limit = ((x.double() - b).abs().max().item() for x in (a, rounded))
+        limit = 2 * limit + torch.finfo(dtype).eps * b.abs().max().item() + 1e-4
+        assert error <= limit, f"{name} is off by {error:.1e}, wanted at most {limit:.1e}"
+
+
+@pytest.mark.gpu
+def test_gpu_same_input_gives_the_same_bits():
+    qkv, upstream = random_inputs(8, 1023, 4, 2, 128, torch.bfloat16)
+    runs = [gradients(kernels, qkv, upstream, window=300) for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_run_inside_an_inductor_graph():
+    def loss(q, k, v):
+        return attention(q * 2, k, v).float().square().sum()
+
+    qkv, _ = random_inputs(2, 512, 4, 2, 128, torch.bfloat16)
+    plain, compiled = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
+    loss(*plain).backward()
+    torch.compile(loss, fullgraph=True)(*compiled).backward()
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_32_bits():
+    """The last batch row of a projection of more than 2^31 elements."""
+    B, T, heads, D = 2**31 // (4096 * 12 * 64) + 2, 4096, 12, 64
+    qkv = torch.zeros(B, T, heads, D, dtype=torch.bfloat16, device="cuda")
+    qkv[-1].normal_()
+    o = attention(*qkv.split((4, 4, 4), 2))
+    alone = attention(*(x.contiguous() for x in qkv[-1:].split((4, 4, 4), 2)))
+    assert qkv.numel() > 2**31 and torch.equal(o[-1:], alone)
