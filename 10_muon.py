@@ -38,9 +38,9 @@ tokens, and 40% for n = 128 and T = 1600. State: one buffer where AdamW keeps tw
 Muon is no certain gain. Where the inputs have no favoured direction (the demo's round ones) AdamW
 does as well; and noise, too, is given full length in every direction. 03's 0.5M model on the
 built-in stories, after 600 steps of 8 rows of 200 tokens, was 0.237 nats above the floor with
-AdamW at 6e-3, and 0.228 with Muon at 2e-2 (0.257 at 1e-2): one seed each, where seeds differ by
-0.02. Packed projections (q|k|v, gate|up) split before orthogonalising gave 0.249 at 2e-2: no gain,
-so they are taken whole.
+AdamW at 6e-3, and 0.228 with Muon at 2e-2 (0.257 at 1e-2): one seed each, which settles nothing,
+since two seeds of a run with AdamW twice as long are 0.017 apart. Packed projections (q|k|v,
+gate|up) split before orthogonalising gave 0.249 at 2e-2: no gain, so they are taken whole.
 
 Letters used below: M rows and N columns of a matrix; G, B, U, Q as above.
 
