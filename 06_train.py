@@ -464,7 +464,8 @@ def set_up_folder(folder: Path, config: Config, vocabulary: bpe.Vocabulary) -> N
 
 
 def add_metrics(folder: Path, **entry) -> None:
-    """Appends a line to metrics.jsonl. Opened anew each time: the folder may have been moved."""
+    """Appends a line to metrics.jsonl, even where somebody has removed the folder meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
 

@@ -3,34 +3,27 @@
 Run: python -m pytest tests/test_06_train.py
 """
 
-import contextlib
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
-import random
 import re
-import resource
 import signal
 import time
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import assert_same, flags, numbers_of
 
 from data import batches, bpe, stories
 
 train = importlib.import_module("06_train")
 gpt = importlib.import_module("03_gpt")
-
-# a few seconds of training that take every path: several epochs, evaluations, checkpoints
-SMALL = """--model 0.5m --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
---warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500 --checkpoint-every 1
---device cpu""".split()
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +37,10 @@ def small_corpus():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VAL_STORIES", 20)
         patch.setattr(train, "SAMPLED_STORIES", 4)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         yield
-
-
-def flags(cache, out, *more):
-    return [*SMALL, "--cache", str(cache), "--out", str(out), *map(str, more)]
+        torch.set_num_threads(threads)
 
 
 def run(capsys, cache, out, *more):
@@ -56,24 +48,6 @@ def run(capsys, cache, out, *more):
     capsys.readouterr()
     status = train.main(flags(cache, out, *more))
     return status, *capsys.readouterr()
-
-
-def numbers_of(out):
-    """What a run leaves: its metrics, and all tensors of its last checkpoint."""
-    state = train.load_checkpoint(out)
-    tensors = dict(state["model"])
-    for i, moments in state["optimizer"]["state"].items():
-        tensors |= {f"{i}.{name}": value for name, value in moments.items()}
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return metrics, tensors
-
-
-def assert_same(out, reference):
-    metrics, tensors = numbers_of(out)
-    wanted_metrics, wanted_tensors = reference
-    assert metrics == wanted_metrics
-    assert tensors.keys() == wanted_tensors.keys()
-    assert all(torch.equal(tensors[name], wanted_tensors[name]) for name in tensors)
 
 
 @pytest.fixture(scope="module")
@@ -84,70 +58,35 @@ def reference(cache, tmp_path_factory):
     return numbers_of(out)
 
 
-# a run that is stopped and resumed
-
-
-def child(argv, limit, errors):
-    """Runs in a process of its own; `limit` is the largest file it may write, in bytes."""
-    train.VAL_STORIES, train.SAMPLED_STORIES = 20, 4
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(errors, "w") as file, contextlib.redirect_stderr(file):
-        status = train.main(argv)
-    raise SystemExit(status)
+# a run that is broken and goes on
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts a run in a process whose parent has imported torch already, to save its seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "06_train"])
-
-    def start(argv, limit=None, errors=os.devnull):
-        process = context.Process(target=child, args=(argv, limit, errors))
-        process.start()
-        return process
-
-    return start
+def broken(tmp_path_factory):
+    return faults.Faults(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_train_killed_at_random_moments_gives_the_same_numbers(
-    seed, start, cache, reference, tmp_path
-):
-    rng, out, during_write = random.Random(seed), tmp_path / "run", 0
-    for kill in range(10):
-        process = start(flags(cache, out, "--resume"))
-        while not list(out.glob("step-*")) and process.is_alive():
-            time.sleep(0.005)  # the first kill waits for the first checkpoint
-        if kill % 3 == 2:  # every third waits for a checkpoint to be half written
-            deadline = time.monotonic() + 20
-            while not (out / "checkpoint.part").exists() and time.monotonic() < deadline:
-                pass
-        else:
-            time.sleep(rng.uniform(0, 2))
-        process.kill()
-        process.join()
-        during_write += (out / "checkpoint.part").exists()
-    assert during_write > 0
-    process = start(flags(cache, out, "--resume"))
-    process.join()
-    assert process.exitcode == 0
-    assert_same(out, reference)
+def test_train_killed_at_random_moments_gives_the_same_numbers(seed, broken):
+    broken.kills(seed, times=7)
+
+
+@pytest.mark.parametrize("name", faults.NAMES)
+def test_train_broken_loses_nothing(name, broken):
+    getattr(broken, name)(seed=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_train_saves_on_signals_and_goes_on(number, start, cache, reference, tmp_path):
-    out = tmp_path / "run"
-    process = start(flags(cache, out, "--checkpoint-every", 1000))
+def test_train_saves_on_signals_and_goes_on(number, broken):
+    out = broken.new()
+    process = broken.start(out, "--checkpoint-every", 1000)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 130
     assert 0 < train.load_checkpoint(out)["step"] < 40
-    assert train.main(flags(cache, out, "--resume")) == 0
-    assert_same(out, reference)
+    broken.goes_on(out)
 
 
 def test_train_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(
@@ -166,7 +105,7 @@ def test_train_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(
 def test_train_passes_over_a_damaged_checkpoint(damage, capsys, cache, reference, tmp_path):
     out = tmp_path / "run"
     run(capsys, cache, out)
-    newest, before = train.checkpoint_files(out)
+    newest, before, *_ = train.checkpoint_files(out)
     content = newest.read_bytes()
     if damage == "changed":
         damaged = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
@@ -204,31 +143,116 @@ def test_load_checkpoint_executes_no_code(capsys, cache, tmp_path):
     assert not mark.exists()
 
 
-def test_train_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(
-    start, cache, reference, tmp_path
-):
-    out = tmp_path / "run"
-    process = start(flags(cache, out, "--checkpoint-every", 1000))
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join()
-    (saved,) = train.checkpoint_files(out)
-    process = start(flags(cache, out, "--resume"), limit=200_000, errors=tmp_path / "errors")
-    process.join()
-    assert process.exitcode == 2
-    assert "no checkpoint could be written" in (tmp_path / "errors").read_text()
-    assert train.checkpoint_files(out) == [saved] and not (out / "checkpoint.part").exists()
-    assert train.main(flags(cache, out, "--resume")) == 0
-    assert_same(out, reference)
-
-
 def test_train_accumulation_gives_the_same_gradient(capsys, cache, reference, tmp_path):
     run(capsys, cache, tmp_path / "run", "--accumulate", 2)
     metrics, _ = numbers_of(tmp_path / "run")
     first = [entry["loss"] for entry in metrics if "loss" in entry][:10]
     wanted = [entry["loss"] for entry in reference[0] if "loss" in entry][:10]
     assert first == pytest.approx(wanted, abs=1e-3)  # float32 sums in another order, 10 updates on
+
+
+# the guard
+
+
+@pytest.mark.parametrize("bad", [6, 30])
+def test_guard_off_shows_the_crash(bad, broken, monkeypatch, capsys, cache, tmp_path):
+    backward = train.Run.backward
+    calls = []
+
+    def poisoned(self, *batch):
+        loss = backward(self, *batch)
+        calls.append(batch)
+        if len(calls) == bad:
+            self.model.norm.weight.grad[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train.Run, "backward", poisoned)
+    status, stdout, stderr = run(capsys, cache, tmp_path / "off", "--guard", "off")
+    assert status == 2 and f"gradient norm nan at step {bad - 1}" in stderr
+    calls.clear()
+    status, stdout, _ = run(capsys, cache, tmp_path / "on")
+    assert status == 0
+    assert f"guard    step {bad - 1}, batch {bad - 1}: skip: gradient norm nan" in stdout
+    assert "gradient not finite in norm.weight" in stdout
+
+
+def corrupt(monkeypatch, bad):
+    """Batches whose number is in `bad` get targets that no model can know."""
+    true_batch = batches.Batches.batch
+
+    def batch(self, number):
+        x, y, count = true_batch(self, number)
+        if number in bad:
+            noise = torch.randint(300, y.shape, generator=torch.Generator().manual_seed(number))
+            y = torch.where(y < 0, y, noise)
+        return x, y, count
+
+    monkeypatch.setattr(batches.Batches, "batch", batch)
+
+
+def test_rewound_run_is_bit_identical_to_one_that_never_saw_the_batches(
+    monkeypatch, capsys, cache, tmp_path
+):
+    more = ["--checkpoint-every", 9, "--eval-every", 100]
+    with monkeypatch.context() as patch:
+        corrupt(patch, range(28, 33))
+        status, stdout, _ = run(capsys, cache, tmp_path / "rewound", *more)
+    assert status == 0
+    assert stdout.count(": skip: ") == 4 and stdout.count(": rewind: ") == 1
+    assert "guard    back to step 27, and on with batch 33" in stdout
+    with monkeypatch.context() as patch:
+        true_batch = batches.Batches.batch
+        patch.setattr(
+            batches.Batches, "batch", lambda self, n: true_batch(self, n if n < 27 else n + 6)
+        )
+        run(capsys, cache, tmp_path / "never", *more)
+    metrics, tensors = numbers_of(tmp_path / "rewound")
+    wanted, wanted_tensors = numbers_of(tmp_path / "never")
+    assert all(torch.equal(tensors[name], wanted_tensors[name]) for name in wanted_tensors)
+    assert metrics[-13:] == wanted[-13:] and metrics[-1]["step"] == 40
+
+
+def test_rewinding_twice_to_one_checkpoint_goes_to_the_one_before(
+    monkeypatch, capsys, cache, tmp_path
+):
+    corrupt(monkeypatch, [*range(28, 33), *range(35, 40)])
+    more = ["--checkpoint-every", 9, "--eval-every", 100]
+    _, stdout, _ = run(capsys, cache, tmp_path / "run", *more)
+    assert re.findall(r"back to step (\d+), and on with batch (\d+)", stdout) == [
+        ("27", "33"),
+        ("18", "40"),
+    ]
+
+
+def test_a_run_that_only_spikes_ends_in_one_line(monkeypatch, capsys, cache, tmp_path):
+    corrupt(monkeypatch, range(25, 1000))
+    status, _, stderr = run(capsys, cache, tmp_path / "run", "--max-steps", 60)
+    assert status == 2 and "went back 5 times" in stderr and stderr.count("\n") == 1
+
+
+def test_best_checkpoint_is_kept(monkeypatch, capsys, cache, tmp_path):
+    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 9.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (next(values), 1.0))
+    run(capsys, cache, tmp_path / "run")
+    assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")] == [40, 39, 38, 16]
+
+
+def test_deterministic_gives_the_same_numbers_on_a_cpu(capsys, cache, reference, tmp_path):
+    try:
+        run(capsys, cache, tmp_path / "run", "--deterministic")
+        assert_same(tmp_path / "run", reference)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_deterministic_gives_the_same_numbers_on_a_gpu(capsys, cache, tmp_path):
+    try:
+        for name in ("a", "b"):
+            run(capsys, cache, tmp_path / name, "--deterministic", "--device", "cuda")
+        assert_same(tmp_path / "a", numbers_of(tmp_path / "b"))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # figures
