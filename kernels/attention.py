@@ -82,6 +82,7 @@ def jit(kernel):
     return triton.jit(kernel) if triton else kernel
 
 
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -496,42 +497,48 @@ def _differentiate(ctx, do, dlse):
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value} must be {wanted}")
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> None:
-    shape = tuple(q.shape)
-    _require(q.ndim == 4 and q.numel() > 0, "q.shape", shape, "(B, T, H, D), none of them 0")
-    B, T, H, D = shape
+    # messages are built only where one is raised: torch.compile would fix T to print it
+    if q.ndim != 4 or q.numel() == 0 or not q.is_floating_point():
+        wanted = "floating-point (B, T, H, D), none of them 0"
+        raise ValueError(f"q.shape={tuple(q.shape)} of {q.dtype} must be {wanted}")
+    B, T, H, D = q.shape
     G = k.shape[2] if k.ndim == 4 else 0
-    good = k.shape == (B, T, G, D) and G > 0 and H % G == 0
-    _require(good, "k.shape", tuple(k.shape), f"({B}, {T}, G, {D}), as q, with G dividing H={H}")
-    _require(v.shape == k.shape, "v.shape", tuple(v.shape), f"{tuple(k.shape)}, as k")
+    if k.shape != (B, T, G, D) or G == 0 or H % G:
+        wanted = f"({B}, {T}, G, {D}) as q, with G dividing H={H}"
+        raise ValueError(f"k.shape={tuple(k.shape)} must be {wanted}")
+    if v.shape != k.shape:
+        raise ValueError(f"v.shape={tuple(v.shape)} must be {tuple(k.shape)}, as k")
     for name, x in (("k", k), ("v", v)):
-        _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"{q.dtype}, as q")
-        _require(x.device == q.device, f"{name}.device", x.device, f"{q.device}, as q")
-    _require(q.is_floating_point(), "q.dtype", q.dtype, "a floating-point type")
-    if window is not None:
-        _require(window >= 1, "window", window, "at least 1: a token sees itself")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} must be {q.dtype}, as q")
+        if x.device != q.device:
+            raise ValueError(f"{name}.device={x.device} must be {q.device}, as q")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1: a token sees itself")
     if documents is not None:
         x = documents
-        _require(x.shape == (B, T), "documents.shape", tuple(x.shape), f"{(B, T)}, as q")
-        _require(x.device == q.device, "documents.device", x.device, f"{q.device}, as q")
-        integer = not (x.is_floating_point() or x.is_complex())
-        _require(integer, "documents.dtype", x.dtype, "an integer type: they are ids")
+        if x.shape != (B, T):
+            raise ValueError(f"documents.shape={tuple(x.shape)} must be {(B, T)}, as q")
+        if x.device != q.device:
+            raise ValueError(f"documents.device={x.device} must be {q.device}, as q")
+        if x.is_floating_point() or x.is_complex():
+            raise ValueError(f"documents.dtype={x.dtype} must be an integer type: they are ids")
 
 
 def _check_triton(q: Tensor, k: Tensor, v: Tensor) -> None:
     if triton is None:
         raise ImportError("implementation='triton' needs Triton: pip install triton")
-    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
-    _require(q.is_cuda or INTERPRETED, "q.device", q.device, wanted)
-    _require(q.dtype in DTYPES, "q.dtype", q.dtype, f"one of {DTYPES}")
-    _require(q.shape[3] in HEAD_DIMS, "head_dim", q.shape[3], f"one of {HEAD_DIMS}")
+    if not (q.is_cuda or INTERPRETED):
+        wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+        raise ValueError(f"q.device={q.device} must be {wanted}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q.dtype={q.dtype} must be one of {DTYPES}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"head_dim={q.shape[3]} must be one of {HEAD_DIMS}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.stride(3) == 1, f"{name}.stride(3)", x.stride(3), "1; call .contiguous() first")
+        if x.stride(3) != 1:
+            raise ValueError(f"{name}.stride(3)={x.stride(3)} must be 1; call .contiguous() first")
 
 
 def attention(
@@ -562,8 +569,8 @@ def attention(
             if Triton is installed, else "reference".
     No dropout, and no second derivative through the kernels.
     """
-    names = ("auto", "reference", "triton")
-    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     _check(q, k, v, window, documents)
     if implementation == "auto":
         good = q.is_cuda and q.dtype in DTYPES and q.shape[3] in HEAD_DIMS
