@@ -116,6 +116,7 @@ class Config:
     out: str = "runs/stories"  # folder of this run
     cache: str = "runs/cache"  # folder of downloaded and tokenised data
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
+    branch: str | None = None  # start from the newest checkpoint of the run in this folder
     sample: str | None = None  # continue this text with the model in out, and do nothing else
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # "auto": cuda if there is one, else cpu
@@ -132,6 +133,7 @@ class Config:
     learning_rate: float = 6e-3  # peak
     schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
     warmup_steps: int = 30  # steps
+    cooldown: float | None = None  # of the wsd schedules: steps, or a share of the run up to 1.0
     weight_decay: float = 0.1  # on matrices
     beta1: float = 0.9
     beta2: float = 0.98
@@ -161,6 +163,8 @@ class Config:
               f"at most max_steps={self.max_steps}")  # fmt: skip
         check(self.batch_size % self.accumulate == 0, "batch_size", self.batch_size,
               f"a multiple of accumulate={self.accumulate}")  # fmt: skip
+        check(self.cooldown is None or 0 < self.cooldown <= self.max_steps, "cooldown",
+              self.cooldown, f"above 0 and at most max_steps={self.max_steps}")  # fmt: skip
         for name, choices in (
             ("preset", PRESETS),
             ("model", gpt.PRESETS),
@@ -171,10 +175,17 @@ class Config:
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
                   "one of " + ", ".join(choices))  # fmt: skip
+        takes = inspect.signature(schedules.SCHEDULES[self.schedule]).parameters
+        check(self.cooldown is None or "cooldown" in takes, "cooldown", self.cooldown,
+              f"none with --schedule {self.schedule}, which has no cooldown to set")  # fmt: skip
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        options = {"skip_zero": True}
+        if self.cooldown is not None:
+            options["cooldown"] = self.cooldown if self.cooldown <= 1 else int(self.cooldown)
+        schedule = schedules.SCHEDULES[self.schedule]
+        return self.learning_rate * schedule(step, self.max_steps, self.warmup_steps, **options)
 
 
 def check(good: bool, name: str, value: object, wanted: str) -> None:
@@ -390,6 +401,7 @@ def prepare(config: Config) -> Data:
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"temperature", "min_p"}
+BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -536,6 +548,20 @@ def load_checkpoint(folder: Path) -> dict | None:
                 reason = str(error).splitlines()[0]
         print(f"resume   {path.name} is damaged and passed over: {reason}")
     return None
+
+
+def branch_point(config: Config) -> dict:
+    """The newest checkpoint of the run that `config.branch` names, of the same model and data."""
+    folder = Path(config.branch)
+    state = load_checkpoint(folder) if folder.is_dir() else None
+    check(state is not None, "branch", config.branch, "the --out folder of a run with a checkpoint")
+    for name, value in state["config"].items():
+        if name not in BRANCH_MAY_CHANGE:
+            check(getattr(config, name) == value, name, getattr(config, name),
+                  f"{value}, as in the run that --branch {folder} goes on from")  # fmt: skip
+    check(config.max_steps > state["step"], "max_steps", config.max_steps,
+          f"more than the {state['step']} steps behind the run in --branch")  # fmt: skip
+    return state
 
 
 def keep_metrics(folder: Path, step: int, max_steps: int) -> None:
@@ -841,10 +867,11 @@ def train(config: Config) -> dict[str, float]:
     # 2. model and optimiser
     run = Run(config, data.vocabulary, device, dtype)
     run.started = started
-    multiplier = schedules.SCHEDULES[config.schedule]
     meter = Meter(gpt.flops_per_token(run.model.config), peak_tflops(device))
     describe(run, data, source, reason)
-    folder = run.folder
+    folder, trunk = run.folder, None
+    if config.branch and not (config.resume and checkpoint_files(folder)):
+        trunk = branch_point(config)
     folder.mkdir(parents=True, exist_ok=True)
 
     with locked(folder), signals_noted() as stops:
@@ -856,6 +883,11 @@ def train(config: Config) -> dict[str, float]:
         if state is not None:
             run.restore(state)
             print(f"resume   at step {run.place.step}")
+        elif trunk is not None:
+            run.restore(trunk)
+            run.place.best_step = -1  # that checkpoint is in the other folder
+            run.save()
+            print(f"branch   from {config.branch} at step {run.place.step}")
         keep_metrics(folder, run.place.step, config.max_steps)
 
         while run.place.step < config.max_steps:
@@ -872,9 +904,7 @@ def train(config: Config) -> dict[str, float]:
                 verdict = run.guard.judge(loss.item(), norm.item(), count)
             else:
                 verdict = stability.Verdict("go", "not judged")
-            rate = config.learning_rate * multiplier(
-                step, config.max_steps, config.warmup_steps, skip_zero=True
-            )
+            rate = config.rate(step)
             if verdict.action == "go":
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate
@@ -1016,11 +1046,13 @@ def resolve(flags: dict) -> Config:
     preset = flags.get("preset", machine)
     check(preset in PRESETS, "preset", preset, "one of " + ", ".join(PRESETS))
     base = {"preset": preset, **PRESETS[preset]}
+    stored = {}
+    if flags.get("branch") is not None:
+        stored |= stored_config(Path(flags["branch"])) or {}
     if flags.get("resume") or flags.get("sample") is not None:
-        folder = Path(flags.get("out", base.get("out", Config.out)))
-        base |= {k: v for k, v in (stored_config(folder) or {}).items() if k not in
-                 ("resume", "sample", "out")}  # fmt: skip
-    return Config(**base | flags)
+        stored |= stored_config(Path(flags.get("out", base.get("out", Config.out)))) or {}
+    stored = {k: v for k, v in stored.items() if k not in ("resume", "sample", "out")}
+    return Config(**base | stored | flags)
 
 
 def main(argv: list[str]) -> int:

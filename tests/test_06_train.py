@@ -255,6 +255,45 @@ def test_deterministic_gives_the_same_numbers_on_a_gpu(capsys, cache, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+# one trunk, several cooldowns
+
+
+def test_two_cooldowns_from_one_trunk_equal_two_full_runs(capsys, cache, tmp_path):
+    trunk = ["--schedule", "constant", "--max-steps", 24]
+    assert run(capsys, cache, tmp_path / "trunk", *trunk)[0] == 0
+    for name, steps, cooldown in (("a", 32, 8), ("b", 40, 16)):
+        decay = ["--schedule", "wsd", "--max-steps", steps, "--cooldown", cooldown]
+        more = [*decay, "--branch", tmp_path / "trunk"]
+        status, stdout, _ = run(capsys, cache, tmp_path / name, *more)
+        assert status == 0 and "trunk at step 24" in stdout
+        run(capsys, cache, tmp_path / f"full-{name}", *decay)
+        wanted, tensors = numbers_of(tmp_path / f"full-{name}")
+        metrics, branched = numbers_of(tmp_path / name)
+        assert metrics == wanted[len(wanted) - len(metrics) :] and metrics[0]["step"] == 24
+        assert all(torch.equal(branched[x], tensors[x]) for x in tensors)
+    more = ["--schedule", "constant", "--max-steps", 40, "--branch", tmp_path / "trunk"]
+    assert run(capsys, cache, tmp_path / "on", *more)[0] == 0  # the trunk itself goes on
+    run(capsys, cache, tmp_path / "full", "--schedule", "constant")
+    tensors = numbers_of(tmp_path / "full")[1]
+    assert all(torch.equal(numbers_of(tmp_path / "on")[1][x], tensors[x]) for x in tensors)
+
+
+def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
+    trunk, out = tmp_path / "trunk", tmp_path / "out"
+    run(capsys, cache, trunk, "--max-steps", 24, "--schedule", "constant")
+    argv = ["--branch", trunk, "--out", out, "--max-steps", 30, "--schedule", "wsd"]
+    assert train.main([str(x) for x in argv]) == 0
+    assert train.stored_config(out)["seq_len"] == 64
+    assert train.main([str(x) for x in argv] + ["--resume"]) == 0
+    for more, wanted in (
+        (["--branch", tmp_path / "none"], "the --out folder of a run"),
+        (["--branch", trunk, "--seed", 3], "wanted 0, as in the run"),
+        (["--branch", trunk, "--max-steps", 20], "more than the 24 steps"),
+    ):
+        status, _, stderr = run(capsys, cache, tmp_path / "new", *more)
+        assert status == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+
+
 # figures
 
 
@@ -336,6 +375,9 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--model", "9b"], "one of 27m, 8m, 0.5m"),
         (["--preset", "large"], "one of stories, tinystories"),
         (["--schedule", "magic"], "wsd"),
+        (["--cooldown", 50], "at most max_steps=40"),
+        (["--cooldown", 5, "--schedule", "step"], "no cooldown to set"),
+        (["--guard", "maybe"], "one of on, off"),
         (["--vocab-size", 100_000], "257 to 65536"),
         (["--device", "quantum"], "try --device cpu"),
         (["--data", "no/such/file.txt"], "no such file"),
