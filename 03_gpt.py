@@ -58,6 +58,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:  # Triton kernels, where the folder stands beside this file
+    from kernels.attention import HEAD_DIMS, triton
+    from kernels.attention import attention as fused_attention
+    from kernels.rmsnorm import rmsnorm as fused_rmsnorm
+    from kernels.rope import rope_qkv as fused_rope
+    from kernels.swiglu import swiglu as fused_swiglu
+except ImportError:
+    triton = None
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
 WEIGHT_SCALE = 0.5  # std of a matrix, times sqrt(C): 0.022 at C = 512, where GPT-2 has 0.02
 EMBEDDING_SCALE = 2.5  # std of the embedding, times C: see "Start" above
 
@@ -74,8 +84,12 @@ class GPTConfig:
     rope_theta: float = 10_000.0  # RoPE base, 1e4: Su et al.
     qk_norm: bool = True  # True: Qwen3's layout, False: Llama's
     norm_eps: float = 1e-6
+    implementation: str = "auto"  # "torch", "triton", or "auto": triton on a GPU that has it
 
     def __post_init__(self):
+        if self.implementation not in IMPLEMENTATIONS:
+            wanted = ", ".join(map(repr, IMPLEMENTATIONS))
+            raise ValueError(f"implementation={self.implementation!r} must be one of {wanted}")
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "d_model", "d_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -125,11 +139,24 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * matrices + 12 * config.n_layer * config.seq_len * c
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def use_triton(implementation: str, x: Tensor) -> bool:
+    """Whether the kernels do the work on x: with "auto", where Triton is there and x on a GPU."""
+    if implementation == "triton" and triton is None:
+        raise ImportError(
+            "implementation='triton' needs the folder kernels/ beside this file, and Triton: "
+            "pip install triton"
+        )
+    on_gpu = triton is not None and x.is_cuda and x.dtype != torch.float64
+    return implementation == "triton" or (implementation == "auto" and on_gpu)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") -> Tensor:
     """x over its root mean square along the last axis, times gain.
 
     Args: x (..., C), gain (C,). Half-precision input is normalised in float32 and cast back.
     """
+    if use_triton(implementation, x):
+        return fused_rmsnorm(x, gain, eps, implementation="triton")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
     return (wide * rstd * gain).to(x.dtype)
@@ -160,36 +187,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
 
     Args:
         q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
-        implementation: "reference" writes the maths out; "auto" is torch's fused kernel, which
-            never holds the (T, S) scores.
+        implementation: "reference" writes the maths out; "torch" is torch's fused kernel, which
+            never holds the (T, S) scores; "triton" is ours, where T = S (else "torch"); "auto" is
+            "triton" on a GPU, for a head dimension that it takes, and "torch" elsewhere.
     Returns: (B, T, H, D).
     """
+    if implementation not in (*IMPLEMENTATIONS, "reference"):
+        wanted = "one of " + ", ".join(map(repr, (*IMPLEMENTATIONS, "reference")))
+        raise ValueError(f"implementation={implementation!r} must be {wanted}")
     T, H, D = q.shape[1:]
     S, G = k.shape[1:3]
+    if T == S and use_triton(implementation, q) and (implementation == "triton" or D in HEAD_DIMS):
+        return fused_attention(q, k, v, implementation="triton")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, D)
     visible = None
     if 1 < T < S or implementation == "reference":
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if implementation == "auto":
+    if implementation != "reference":
         causal = visible is None and T > 1  # a single query is the last one: it sees everything
         y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=H > G)
-    elif implementation == "reference":
+    else:
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))  # (B, H, S, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
         y = scores.masked_fill(~visible, -math.inf).softmax(-1) @ v  # (B, H, T, D)
-    else:
-        raise ValueError(f"implementation={implementation!r} must be 'auto' or 'reference'")
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, config: GPTConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.config.norm_eps, self.config.implementation)
 
 
 class KVCache:
@@ -216,17 +247,29 @@ class Attention(nn.Module):
         # one product for all three: rows are H query heads, then G key heads, then G value heads
         self.qkv = nn.Linear(c, (config.n_head + 2 * config.n_kv_head) * d, bias=False)
         self.out = nn.Linear(c, c, bias=False)
-        self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         H, G = self.config.n_head, self.config.n_kv_head
         qkv = self.qkv(x).unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
-        q, k, v = qkv.split((H, G, G), dim=2)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
-        q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
+        q, k, v = self.positioned(qkv, cos, sin)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, S, G, D)
-        return self.out(attention(q, k, v).flatten(2))  # (B, T, C)
+        y = attention(q, k, v, self.config.implementation)  # (B, T, H, D)
+        return self.out(y.flatten(2))  # (B, T, C)
+
+    def positioned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the packed projection, q and k normed and turned by their positions."""
+        H, G = self.config.n_head, self.config.n_kv_head
+        if use_triton(self.config.implementation, qkv):
+            gains = {}
+            if self.config.qk_norm:
+                gains = {"q_gain": self.q_norm.weight, "k_gain": self.k_norm.weight}
+            options = {"eps": self.config.norm_eps, "implementation": "triton"}
+            return fused_rope(qkv, cos.float(), sin.float(), H, G, **gains, **options)
+        q, k, v = qkv.split((H, G, G), dim=2)
+        return rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin), v
 
 
 class MLP(nn.Module):
@@ -234,20 +277,24 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.config = config
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_mlp, bias=False)  # rows: gate, up
         self.down = nn.Linear(config.d_mlp, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, M) each
+        gate_up = self.gate_up(x)  # (B, T, 2M)
+        if use_triton(self.config.implementation, gate_up):
+            return self.down(fused_swiglu(gate_up, implementation="triton"))  # (B, T, C)
+        gate, up = gate_up.chunk(2, dim=-1)  # (B, T, M) each
         return self.down(F.silu(gate) * up)  # (B, T, C)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config)
         self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
@@ -301,7 +348,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # E, also the head
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config)
         cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -57,7 +57,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-IMPLEMENTATIONS = ("auto", "reference", "foreach")
+try:  # the Triton form, where the folder stands beside this file
+    from kernels import adamw as kernel
+except ImportError:
+    kernel = None
+
+IMPLEMENTATIONS = ("auto", "reference", "foreach", "triton")
 
 # Elements that the foreach form handles at a time. It makes a temporary of that many, and passes
 # over p, g, m, v and the temporary seven times: on a CPU they should stay in the cache in between
@@ -144,7 +149,8 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters, or groups as dicts that may override any value below.
         implementation: "reference" is the equation, one parameter at a time; "foreach" the fast
-            form; "auto" takes "foreach" for every device and dtype.
+            form; "triton" one launch of kernels/adamw.py for all parameters; "auto" is "triton"
+            for contiguous float32 on a GPU where it is there, else "foreach".
     The moments have the parameter's dtype, as in torch. Keep the parameters in float32 (autocast
     casts their copies): a bfloat16 weight keeps 8 bits and does not move when the step is less
     than 1/256 of it, and in float16 eps = 1e-8 rounds to 0.
@@ -165,6 +171,11 @@ class AdamW(torch.optim.Optimizer):
         if implementation not in IMPLEMENTATIONS:
             wanted = ", ".join(map(repr, IMPLEMENTATIONS))
             raise ValueError(f"implementation={implementation!r} must be one of {wanted}")
+        if implementation == "triton" and (kernel is None or kernel.triton is None):
+            raise ImportError(
+                "implementation='triton' needs kernels/adamw.py beside this file, and Triton: "
+                "pip install triton"
+            )
         self.implementation = implementation  # not in the groups: a checkpoint must not change it
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -228,11 +239,22 @@ class AdamW(torch.optim.Optimizer):
                 if self.implementation == "reference":
                     for row in rows:
                         adamw_reference(*row, t, *values)
+                elif self._takes_triton(device, rows):
+                    options = dict(zip(("lr", "betas", "eps", "weight_decay"), values))
+                    kernel.adamw_step(*zip(*rows), step=t, **options, implementation="triton")
                 else:
                     limit = CPU_BATCH if device.type == "cpu" else GPU_BATCH
                     for lists in in_batches(rows, limit):
                         adamw_foreach(*lists, t, *values)
         return loss
+
+    def _takes_triton(self, device: torch.device, rows: list[tuple[Tensor, ...]]) -> bool:
+        if self.implementation != "auto":
+            return self.implementation == "triton"
+        there = device.type == "cuda" and kernel is not None and kernel.triton is not None
+        return there and all(
+            x.dtype == torch.float32 and x.is_contiguous() for row in rows for x in row
+        )
 
     def _state(self, p: Tensor) -> dict:
         state = self.state[p]

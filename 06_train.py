@@ -121,6 +121,7 @@ class Config:
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     dtype: str = "auto"  # of matrix products: "float32", "bfloat16", or what suits the device
+    implementation: str = "auto"  # of layers and AdamW: "torch", "triton"; "auto": triton on a GPU
     compile: bool = False  # torch.compile the model: minutes once, then faster steps
     model: str = "0.5m"  # shape, by its name in 03_gpt.PRESETS
     vocab_size: int = 1024  # tokens, at most; a small text may have fewer
@@ -172,6 +173,7 @@ class Config:
             ("rows", ("stories", "blocks")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("guard", ("on", "off")),
+            ("implementation", gpt.IMPLEMENTATIONS),
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
                   "one of " + ", ".join(choices))  # fmt: skip
@@ -399,6 +401,7 @@ def prepare(config: Config) -> Data:
 
 # what a resumed run may be given anew; all else has to be as it was
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
+MAY_CHANGE |= {"implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"temperature", "min_p"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
@@ -708,7 +711,12 @@ class Meter:
 
 def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
     """A fresh model for this vocabulary, the same for the same seed."""
-    shape = replace(gpt.PRESETS[config.model], vocab_size=vocabulary.size, seq_len=config.seq_len)
+    shape = replace(
+        gpt.PRESETS[config.model],
+        vocab_size=vocabulary.size,
+        seq_len=config.seq_len,
+        implementation=config.implementation,
+    )
     torch.manual_seed(config.seed)
     return gpt.GPT(shape)
 
@@ -738,6 +746,7 @@ class Run:
             adamw.param_groups(self.model.named_parameters(), config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            implementation={"torch": "foreach"}.get(config.implementation, config.implementation),
         )
         self.guard = stability.SpikeGuard()
         self.place = Place()

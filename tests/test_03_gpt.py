@@ -148,6 +148,54 @@ def attention_by_loops(q, k, v):
     return out
 
 
+TWO_FORMS = gpt.GPTConfig(
+    vocab_size=97, seq_len=24, n_layer=2, n_head=4, n_kv_head=2, d_model=128, d_mlp=96
+)
+
+
+def assert_triton_equals_torch(qk_norm, device):
+    """Values, every gradient, and generated tokens of one model with both implementations."""
+    config = dataclasses.replace(TWO_FORMS, qk_norm=qk_norm)
+    models = [
+        scrambled(dataclasses.replace(config, implementation=form)).to(device)
+        for form in ("torch", "triton")
+    ]
+    ids = random_ids(config, 2, 24).to(device)
+    values = []
+    for model in models:
+        logits = model(ids)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        values.append(logits)
+    assert values[0].std() > 0.5
+    torch.testing.assert_close(values[1], values[0], atol=1e-4, rtol=1e-4)
+    for (name, p), q in zip(models[1].named_parameters(), models[0].parameters()):
+        error = (p.grad - q.grad).norm() / q.grad.norm()
+        assert error < 1e-4, (name, error)
+    torch.testing.assert_close(*(model.generate(ids[:, :5], 6, temperature=0) for model in models))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_model_with_kernels_equals_the_plain_one_in_the_interpreter(qk_norm):
+    assert_triton_equals_torch(qk_norm, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_model_with_kernels_equals_the_plain_one_on_a_gpu(qk_norm):
+    assert_triton_equals_torch(qk_norm, "cuda")
+
+
+def test_triton_that_is_not_there_is_one_error(monkeypatch):
+    monkeypatch.setattr(gpt, "triton", None)
+    ids = random_ids(SMALL, 1, 4)
+    assert gpt.GPT(SMALL)(ids).shape == (1, 4, 97)
+    with pytest.raises(ImportError, match="pip install triton"):
+        gpt.GPT(dataclasses.replace(SMALL, implementation="triton"))(ids)
+    with pytest.raises(ValueError, match="'fast' must be one of"):
+        dataclasses.replace(SMALL, implementation="fast")
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("T, S, H, G", [(1, 1, 2, 2), (7, 7, 4, 2), (5, 9, 4, 1), (1, 6, 2, 2)])
 def test_attention_matches_its_definition(implementation, T, S, H, G):

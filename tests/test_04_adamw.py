@@ -90,6 +90,35 @@ def test_adamw_follows_torch(form, dtype, bound, values):
     assert_same(ours, theirs, bound)
 
 
+def assert_triton_follows_torch(device):
+    ours = [p.detach().to(device).requires_grad_() for p in parameters()]
+    theirs = twins(ours)
+    values = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    run(
+        20,
+        (AdamW(ours, **values, implementation="triton"), ours),
+        (torch.optim.AdamW(theirs, **values), theirs),
+    )
+    assert_same(ours, theirs, 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+def test_adamw_triton_follows_torch_in_the_interpreter():
+    assert_triton_follows_torch("cpu")
+
+
+@pytest.mark.gpu
+def test_adamw_triton_follows_torch_on_a_gpu():
+    assert_triton_follows_torch("cuda")
+
+
+def test_adamw_without_kernels_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(adamw, "kernel", None)
+    with pytest.raises(ImportError, match="kernels/adamw.py"):
+        AdamW(parameters(), implementation="triton")
+    run(1, (AdamW(ours := parameters()), ours))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_adamw_follows_torch_when_groups_and_rates_change(form):
     ours = parameters()
@@ -415,7 +444,7 @@ def test_param_groups_may_be_empty():
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"betas": (1.0, 0.9)}, r"betas=\(1.0, 0.9\)"),
         ({"betas": (0.9, -0.1)}, r"\[0, 1\)"),
-        ({"implementation": "fast"}, "'fast' must be one of 'auto', 'reference', 'foreach'"),
+        ({"implementation": "fast"}, "'fast' must be one of 'auto', 'reference', 'foreach', 't"),
     ],
 )
 def test_adamw_names_wrong_values(values, word):
