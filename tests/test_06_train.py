@@ -237,12 +237,22 @@ def test_best_checkpoint_is_kept(monkeypatch, capsys, cache, tmp_path):
     assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")] == [40, 39, 38, 16]
 
 
-def test_deterministic_gives_the_same_numbers_on_a_cpu(capsys, cache, reference, tmp_path):
+@pytest.mark.parametrize("more", [["--deterministic"], ["--implementation", "torch"]])
+def test_nothing_changes_on_a_cpu(more, capsys, cache, reference, tmp_path):
     try:
-        run(capsys, cache, tmp_path / "run", "--deterministic")
+        run(capsys, cache, tmp_path / "run", *more)
         assert_same(tmp_path / "run", reference)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_triton_and_torch_train_alike_on_a_gpu(capsys, cache, tmp_path):
+    losses = []
+    for form in ("torch", "triton"):
+        run(capsys, cache, tmp_path / form, "--implementation", form, "--device", "cuda")
+        losses.append([x["loss"] for x in numbers_of(tmp_path / form)[0] if "loss" in x])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)  # bfloat16, rounded in other places
 
 
 @pytest.mark.gpu
