@@ -303,7 +303,7 @@ def test_rope_qkv_serves_the_attention_of_03(implementation, qk_norm, monkeypatc
     x = random(2, 9, 32)
     seen = {}
 
-    def spy(q, k, v):
+    def spy(q, k, v, *_):
         seen["theirs"] = q, k, v
         return q
 
@@ -351,6 +351,7 @@ X, TABLE, GAIN = ones(2, 3, 4, 8), ones(3, 4), ones(8)
         ({"sin": TABLE.bfloat16()}, "sin.dtype=torch.bfloat16"),
         ({"sin": ones(4, 3).T}, r"sin.stride\(\)=\(1, 3\) must be contiguous"),
         ({"q_gain": GAIN, "k_gain": GAIN.double()}, "k_gain.dtype=torch.float64"),
+        ({"q_gain": GAIN, "k_gain": GAIN.half()}, "the gains' dtypes=.* must be the same"),
         ({"cos": ones(3, 4, device="meta")}, "cos.device=meta must be c"),
         (
             {"qkv": ones(1, 1, 4, 2050), "cos": ones(1, 1025), "sin": ones(1, 1025)},
