@@ -9,8 +9,8 @@ Row t of one head (a query) mixes the values of the columns s (keys) that it may
     backward   given do = dloss/do and dL = dloss/dL,
                dv_s  = sum_t P_ts do_t
                dP_ts = do_t . v_s
-               dS_ts = P_ts (dP_ts - delta_t)       delta_t = sum_s P_ts dP_ts - dL_t
-               dq_t  = scale sum_s dS_ts k_s        which is o_t . do_t - dL_t: no sum over s
+               dS_ts = P_ts (dP_ts - delta_t)       delta_t = o_t . do_t - dL_t, where
+               dq_t  = scale sum_s dS_ts k_s        o_t . do_t is sum_s P_ts dP_ts
                dk_s  = scale sum_t dS_ts q_t
 
 Forward works through the columns a block at a time. It holds the largest score so far (m), the sum
@@ -34,10 +34,10 @@ Cost with N = B T tokens, bfloat16, causal (half the scores; not causal is twice
                FLOPs          bytes moved          27M model: N 65,536, T 512, H 4, G 2, D 128
     forward    2 N T H D      4 N D (H + G)        34 GFLOP  44 us   201 MB  47 us
     backward   7 N T H D      12 N D (H + G)       120 GFLOP 152 us  604 MB  140 us
-The times are those of an H200 at its measured 790 TFLOP/s and 4.3 TB/s: at T 512 matrix rate and
-memory bind alike, at longer T the matrix rate alone. (5 N T H D would do for backward, but then
-dq has to be summed across programs.) Unfused, S and P are written and read in forward alone, 8 N T
-H bytes: 1.07 GB, 250 us.
+The times are arithmetic, from 790 TFLOP/s and 4.3 TB/s, which an H200 reaches in matrix products
+and copies: at T 512 both bind alike, at longer T the matrix rate alone. (5 N T H D would do for
+backward, but then dq has to be summed across programs.) Unfused, forward alone also writes and
+reads S and P, 8 N T H bytes: 1.07 GB, 250 us. The kernels are not yet measured on a GPU.
 
 Letters used below: B batch rows, T positions, H query heads, G key/value heads (H/G query heads
 share one), D head_dim; a block is BM rows or BN columns.
@@ -135,6 +135,7 @@ def visible_limits(
         start = start.cummax(1).values
         end = end.flip(1).cummin(1).values.flip(1)
     if window is not None:
+        window = min(window, T)  # keeps to 32 bits
         start = torch.maximum(start, t - window + 1)
         end = torch.minimum(end, t + window - 1)
     return start.contiguous(), end.contiguous()
@@ -390,10 +391,12 @@ def _backward_dkv(
 INTERPRETED = triton is not None and not isinstance(_forward, triton.JITFunction)
 KERNELS = {"forward": _forward, "dq": _backward_dq, "dkv": _backward_dkv}
 
-# (BM, BN, warps, stages) by chip and head_dim; float32 is there to be exact, not to be fast. Chosen
-# from what Triton 3.6 and 3.9 compile for sm_80, sm_90 and gfx942: no spills anywhere, wgmma on
-# sm_90, and in "other" at most 64 KiB of shared memory, which any chip has. Not yet measured on a
-# GPU.
+# (BM, BN, warps, stages) by chip and head_dim, chosen from what Triton 3.6 and 3.9 compile for
+# sm_90, sm_80 and gfx942; not yet measured on a GPU. In bfloat16 nothing spills, products on sm_90
+# are wgmma (which takes 64 rows or more for every 4 warps), and "other" claims at most 64 KiB of
+# shared memory, which any chip has. Most registers on sm_90, of forward, dq and dkv: D 64 138, 166,
+# 227, so that 3, 3 and 2 programs share a multiprocessor; D 128 255, 247, 248 for 1, 2 and 2.
+# float32 is there to be exact, not fast: at D 128 its dq spills.
 CONFIGS = {
     "hopper": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 64, 4, 2)},
     "hopper, D 128": {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkv": (32, 64, 4, 2)},
