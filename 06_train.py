@@ -362,7 +362,8 @@ def prepare(config: Config) -> Data:
         text = tinystories_text(cache)
     else:
         text = file_text(Path(config.data))
-    key = hashlib.sha256(repr((text.identity, config.vocab_size)).encode()).hexdigest()[:12]
+    made_from = (text.identity, config.vocab_size, HELD_OUT, VAL_STORIES)
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
     folder = cache / f"tokens-{key}"
     if not folder.exists():
         started = time.perf_counter()
@@ -1005,7 +1006,13 @@ def continue_text(config: Config) -> None:
     state = load_checkpoint(folder) if folder.is_dir() else None
     if state is None:
         raise RunError(f"--sample: no checkpoint in {folder}; train first, or give its --out")
-    vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+    for name in ("model", "vocab_size", "seq_len"):
+        check(getattr(config, name) == state["config"][name], name, getattr(config, name),
+              f"{state['config'][name]}, as the run in {folder} has it")  # fmt: skip
+    try:
+        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(str(error)) from error
     model = build(config, vocabulary)
     model.load_state_dict(state["model"])
     model.to(pick_device(config.device))

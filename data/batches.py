@@ -60,6 +60,11 @@ class TokenFile:
     floor_nats: float | None = None  # entropy per target of this very text, where it is known
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """path with `suffix` behind its whole name: with_suffix would cut a name at its last dot."""
+    return path.with_name(path.name + suffix)
+
+
 def write_tokens(
     path: Path,
     stories: Iterable[np.ndarray],
@@ -77,14 +82,16 @@ def write_tokens(
         stories: one uint16 array per story.
         total_nats: -log probability of all the stories together, where they come from a known
             distribution; over the number of targets it is the least mean loss to be expected.
-    Raises: ValueError when there is no story.
+    Raises: ValueError when there is no story, or an id that uint16 cannot hold.
     """
-    part = path.with_suffix(".part")
+    part = beside(path, ".part")
     count, tokens = 0, 1
     with open(part, "wb") as file:
         separator = np.array([end], dtype=np.uint16).tobytes()
         file.write(separator)
         for ids in stories:
+            if ids.dtype != np.uint16 and len(ids) and (ids.min() < 0 or ids.max() > 65535):
+                raise ValueError(f"{source}: ids from {ids.min()} to {ids.max()} must fit uint16")
             file.write(ids.astype(np.uint16, copy=False).tobytes() + separator)
             count, tokens = count + 1, tokens + len(ids) + 1
         file.flush()
@@ -94,10 +101,13 @@ def write_tokens(
         raise ValueError(f"{source}: no story found; wanted stories separated by <|endoftext|>")
     floor = None if total_nats is None else total_nats / (tokens - 1)
     about = TokenFile(vocabulary, end, tokens, count, source, floor)
-    path.with_suffix(".json").unlink(missing_ok=True)
-    part.replace(path.with_suffix(".bin"))
-    part.write_text(json.dumps(asdict(about), indent=2) + "\n")
-    part.replace(path.with_suffix(".json"))
+    beside(path, ".json").unlink(missing_ok=True)
+    part.replace(beside(path, ".bin"))
+    with open(part, "w") as file:
+        file.write(json.dumps(asdict(about), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(beside(path, ".json"))
     return about
 
 
@@ -108,7 +118,7 @@ def open_tokens(path: Path, vocabulary: str) -> tuple[np.ndarray, TokenFile]:
         FileNotFoundError: one of the two files is missing.
         ValueError: the file is cut short, damaged, or made with another vocabulary.
     """
-    binary, described = path.with_suffix(".bin"), path.with_suffix(".json")
+    binary, described = beside(path, ".bin"), beside(path, ".json")
     for file in (binary, described):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing")

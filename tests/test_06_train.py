@@ -350,6 +350,16 @@ def test_sample_continues_the_prompt(capsys, cache, tmp_path):
     assert run(capsys, cache, out, "--sample", "Once upon a time,", "--seed", 0)[1] == stdout
 
 
+def test_sample_with_another_model_or_a_damaged_vocabulary_is_one_line(capsys, cache, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, cache, out, "--max-steps", 5)
+    status, _, stderr = run(capsys, cache, out, "--sample", "Once", "--model", "8m")
+    assert status == 2 and "wanted 0.5m, as the run" in stderr and stderr.count("\n") == 1
+    (out / "vocabulary.json").write_text("{}")
+    status, _, stderr = run(capsys, cache, out, "--sample", "Once", "--max-steps", 5)
+    assert status == 2 and "vocabulary.json is damaged" in stderr and stderr.count("\n") == 1
+
+
 def test_train_on_a_file(capsys, cache, tmp_path):
     text = "\n<|endoftext|>\n".join(story for story, _ in stories.corpus(300, seed=7))
     path = tmp_path / "mine.txt"

@@ -348,3 +348,17 @@ def test_demo_runs_and_ends_with_ok():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("ok")
+
+
+def test_write_tokens_refuses_ids_beyond_uint16(tmp_path):
+    for ids in (np.array([5, 65536]), np.array([-1])):
+        with pytest.raises(ValueError, match="must fit uint16"):
+            batches.write_tokens(tmp_path / "a", [ids], vocabulary="x", end=0, source="test")
+
+
+def test_names_with_dots_are_kept_apart(tmp_path):
+    for name, ids in (("v1.train", [1, 2]), ("v1.val", [3])):
+        array = np.array(ids, dtype=np.uint16)
+        batches.write_tokens(tmp_path / name, [array], vocabulary="x", end=0, source="test")
+    assert batches.open_tokens(tmp_path / "v1.train", "x")[0].tolist() == [0, 1, 2, 0]
+    assert batches.open_tokens(tmp_path / "v1.val", "x")[0].tolist() == [0, 3, 0]
