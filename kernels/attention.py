@@ -396,7 +396,7 @@ KERNELS = {"forward": _forward, "dq": _backward_dq, "dkv": _backward_dkv}
 # are wgmma (which takes 64 rows or more for every 4 warps), and "other" claims at most 64 KiB of
 # shared memory, which any chip has. Most registers on sm_90, of forward, dq and dkv: D 64 138, 166,
 # 227, so that 3, 3 and 2 programs share a multiprocessor; D 128 255, 247, 248 for 1, 2 and 2.
-# float32 is there to be exact, not fast: at D 128 its dq spills.
+# float32 is there to be exact, not fast: some of it spills, dq at D 128 on every chip.
 CONFIGS = {
     "hopper": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 64, 4, 2)},
     "hopper, D 128": {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkv": (32, 64, 4, 2)},
