@@ -36,9 +36,35 @@ Gemma 2 (2408.00118); QK-norm: Dehghani et al. 2023 (2302.05442); StableAdamW: W
 (2309.14322); loss scaling: Micikevicius et al. 2018 (1710.03740) with the constants of
 torch.amp.GradScaler; the doctor: J. Tobin, Troubleshooting Deep Neural Networks (2019).
 
-Run: `python 08_stability.py` (CPU, @@ s on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python 08_stability.py` (CPU, 43 s on 2 cores of an AMD EPYC (Zen 3)) prints
 
-@@OUT
+    clip 4 float16 gradients of 60,000 to 1: torch norm       inf, then 0.00 each
+    clip 4 float16 gradients of 60,000 to 1: here  norm    120000, then 0.50 each
+
+    final loss of a tiny GPT, mean of 3 seeds; floor 0.83, ln V 3.47 nats
+    remedy                      lr 0.01   lr 0.03   lr 0.1    lr 0.3    sensitivity
+    none                            1.05      1.30      3.50      4.17   1.27 +- 0.11
+    clip at 1.0                     1.04      1.28      3.58      4.20   1.29 +- 0.03
+    warmup, 30 steps                1.07      1.20      2.14      3.86   0.90 +- 0.04
+    QK-norm                         1.13      1.29      1.94      3.08   0.73 +- 0.29
+    z-loss 1e-4                     1.05      1.33      3.46      4.16   1.26 +- 0.20
+    softcap 50 in attention         1.05      1.26      3.14      4.02   1.18 +- 0.37
+    embedding gradient / 10         1.05      1.31      3.35      4.25   1.23 +- 0.30
+    StableAdamW                     1.06      1.31      3.51      4.23   1.26 +- 0.12
+    SPAM                            1.05      1.30      3.50      4.26   1.27 +- 0.10
+    QK-norm, warmup, clip           1.11      1.17      1.42      1.97   0.31 +- 0.04
+
+    6 poisoned batches: loss 2.127 without a guard, 1.011 with, 1.006 had they never been there
+      step 90, batch 90: skip: loss 5.699 after a recent 1.143, which strays by 0.123
+      step 90, batch 94: rewind: 5 steps in a row skipped, the last: loss 5.804 after a recent
+        1.143, which strays by 0.123
+      batches left out: [90, 91, 92, 93, 94, 95]
+
+    after 60 steps at lr 0.1: largest attention logit, mean entropy of attention
+      plain       743.1     0.02 nats
+      QK-norm       3.9     1.55 nats
+    looking costs 55% of a step, one in 100: 0.5%
+    ok: QK-norm with warmup leaves a quarter of the sensitivity, clipping alone all of it
 """
 
 from __future__ import annotations
@@ -248,14 +274,20 @@ class SpikeGuard:
         "go"      take the step
         "skip"    leave it out: a spike, or a number that is not finite
         "rewind"  go back to a checkpoint and leave out the data since: `patience` skips in a row,
-                  or the loss has settled more than `loss_margin` above its best level
+                  or the median of the recent losses has settled above the best that it was, by
+                  more than `loss_margin` and half of `threshold` spreads
 
     Args:
         window: steps looked back on, as in OLMo-core's SkipStepOptimizer.
         warmup: steps accepted before the first judgement (a number that is not finite is judged
             always).
-        threshold, loss_margin (nats), norm_ratio: measured on three healthy runs of 06_train.py, 8
-            stories a step, 1 story, and 1 row of 32 tokens: @@
+        threshold, loss_margin (nats), norm_ratio: measured on three healthy runs of 06_train.py,
+            with 8 rows a step, with 1, and with 1 row of 32 tokens, 3600 steps in all, `targets`
+            handed over: no alarm. The loss never strayed by more than 5.5 spreads, and 6 is
+            OLMo-core's number too. The gradient norm, whose tail is heavy, did by 19, up to 10.2
+            times the recent. A loss put in at ln V + 1 to 2 nats, as shuffled labels give, was
+            noticed 301 times of 301 in the first two runs; in the third, where good batches stray
+            by 2.4 nats, 342 of 395.
         patience: skips in a row that ask for a rewind.
     The constants suppose that a loss is a mean over a number of targets that varies little. Where
     it does not, hand the number to `judge`.
@@ -1103,8 +1135,8 @@ def diagnose(run: Run, overfit_steps: int = 100) -> list[Finding]:
 # Demo: one instability, and what each remedy does about it
 
 RATES = (1e-2, 3e-2, 1e-1, 3e-1)
-STEPS, ROWS, SEEDS = 80, 8, 4
-T_975 = 3.182  # Student's t, two-sided 95%, SEEDS - 1 degrees of freedom
+STEPS, ROWS, SEEDS = 80, 8, 3
+T_975 = 4.303  # Student's t, two-sided 95%, SEEDS - 1 degrees of freedom
 
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.0}
 # remedy -> what of the plain run it changes, see train_tiny
@@ -1162,7 +1194,7 @@ def train_tiny(
 def lr_sensitivity(final: list[float], at_init: float) -> float:
     """Mean over rates of min(loss, loss at init), minus the best: 0 where the rate is no matter.
 
-    Source: Wortsman et al. 2023, section 2.2 there over rates from 3e-4 to 3e-1.
+    Source: Wortsman et al. 2023 (2309.14322), there over rates from 3e-4 to 3e-1.
     """
     capped = [min(loss, at_init) for loss in final]
     return statistics.fmean(capped) - min(capped)

@@ -62,6 +62,15 @@ def test_guard_skips_a_poisoned_batch_and_does_not_learn_from_it():
         assert guard.judge(loss, norm).action == "go"
 
 
+def test_guard_leaves_a_margin_where_nothing_ever_strays():
+    """With a spread of 0 a spike is more than 0.5 nats, or more than 20 times the norm."""
+    guard = stability.SpikeGuard()
+    for _ in range(100):
+        guard.judge(1.0, 1.0)
+    assert [guard.judge(x, 1.0).action for x in (1.49, 1.51)] == ["go", "skip"]
+    assert [guard.judge(1.0, x).action for x in (19.0, 21.0)] == ["go", "skip"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_guard_never_lets_a_number_go_that_is_not_finite(bad):
     guard = stability.SpikeGuard()
@@ -276,16 +285,17 @@ def poison(batches, numbers):
 def test_rewind_is_bit_identical_to_a_run_that_never_saw_the_batches(bad, options, left_out):
     batches = echo_list(160)
     poison(batches, bad)
-    used, log, ours = dropout_run(batches, 100, stability.SpikeGuard(), **options)
+    guard, asleep = stability.SpikeGuard(), stability.SpikeGuard(warmup=128)
+    used, log, ours = dropout_run(batches, 100, guard, **options)
     missing = sorted(set(range(max(used) + 1)) - set(used))
     assert len(used) == 100 and set(bad) <= set(missing)
     if left_out is None:
         assert "rewind" in log[4] and len(missing) > len(bad)
     else:
         assert missing == left_out and len(log) == len(bad)
-    asleep = stability.SpikeGuard(warmup=128)
     again, log, theirs = dropout_run([batches[i] for i in used], 100, asleep)
     assert again == list(range(100)) and log == []
+    assert guard.losses == asleep.losses and guard.log_norms == asleep.log_norms
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
