@@ -609,11 +609,11 @@ def markov_rows(p, stationary, rows, T, seed=0):
     return torch.from_numpy(np.stack(columns, 1)) + 2  # ids 0, 1: padding and mask
 
 
-def train(step, parameters, steps):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0)
+def train(step, parameters, steps, lr=1e-2):
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
     for i in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min((i + 1) / 20, 1 - i / steps)
+            group["lr"] = lr * min((i + 1) / 20, 1 - i / steps)
         optimizer.zero_grad()
         step(i).backward()
         optimizer.step()
@@ -647,35 +647,34 @@ def test_mlm_loss_approaches_the_conditional_entropy_of_a_markov_chain():
     assert floor - 0.03 < loss < floor + 0.1
 
 
-def electra_model():
+def electra_model(vocab_size=10):
     torch.manual_seed(0)
-    discriminator = mlm.EncoderConfig(10, 16, 1, 2, 32, 64)
-    return mlm.Electra(discriminator, mlm.EncoderConfig(10, 16, 1, 1, 8, 16, d_embedding=32))
+    discriminator = mlm.EncoderConfig(vocab_size, 16, 1, 2, 32, 64)
+    generator = mlm.EncoderConfig(vocab_size, 16, 1, 1, 4, 8, d_embedding=32)
+    return mlm.Electra(discriminator, generator)
 
 
 def test_electra_detection_beats_the_base_rate():
-    p, stationary = markov_chain()
-    vocabulary = Vocabulary(10, 1, pad_id=0)
-    model = electra_model()
-    rows = markov_rows(p, stationary, 12_800, 16)
+    """Rows count upwards modulo 30. The generator is too small to count well after so few steps:
+    one that could would make no replacements to find."""
+    vocabulary = Vocabulary(32, 1, pad_id=0)
+    model = electra_model(32)
+    g = torch.Generator().manual_seed(0)
+    rows = (torch.randint(30, (14_800, 1), generator=g) + torch.arange(5)) % 30 + 2
 
-    def step(ids, index):
-        pair = mask_tokens(ids, "electra", vocabulary, index=index, rate=0.3)
+    def step(first, last):
+        ids = rows[first:last]
+        pair = mask_tokens(ids, "electra", vocabulary, index=range(first, last))
         return mlm.electra_loss(model, ids, *pair)
 
-    train(
-        lambda i: step(rows[32 * i : 32 * i + 32], range(32 * i, 32 * i + 32)).loss,
-        model.parameters(),
-        300,
-    )
-    ids = markov_rows(p, stationary, 2000, 16, seed=1)
+    train(lambda i: step(32 * i, 32 * i + 32).loss, model.parameters(), 400, lr=5e-3)
     with torch.no_grad():
-        result = step(ids, range(2000))
-    replaced = result.corrupted != ids
+        result = step(12_800, 14_800)
+    replaced = result.corrupted != rows[12_800:]
     accuracy = ((result.logits > 0) == replaced).double().mean().item()
     base = 1 - replaced.double().mean().item()
-    assert 0.5 < base < 0.95
-    assert accuracy > base + 0.02
+    assert 0.75 < base < 0.9
+    assert accuracy > base + 0.03
 
 
 def test_electra_loss_parts():
@@ -738,13 +737,15 @@ def test_fillings_equal_substituting_each_token_and_parsing():
     rng = random.Random(0)
     tokens = sorted({t for s, _ in stories.corpus(300, 1) for t in mlm.TOKEN.findall(s)})
     several = 0
-    for story, _ in stories.corpus(12, seed=2):
+    for story, _ in stories.corpus(8, seed=2):
         text = mlm.TOKEN.findall(story)
         assert "".join(text) == story
         plot = stories.parse(story).choices[0][1]
-        at = rng.choice([i for i, t in enumerate(text) if t[1:].isalpha() and len(t) > 3])
-        left, right = "".join(text[:at]), "".join(text[at + 1 :])
-        found = mlm.fillings(stories, whole[plot], left, right, tokens)
+        for at in rng.sample(range(len(text)), 40):  # up to a place where there is a choice
+            left, right = "".join(text[:at]), "".join(text[at + 1 :])
+            found = mlm.fillings(stories, whole[plot], left, right, tokens)
+            if len(found) > 1:
+                break
         wanted = {}
         for token in {*found, *rng.sample(tokens, 25), text[at]}:
             reading = stories.parse(left + token + right)
@@ -754,6 +755,12 @@ def test_fillings_equal_substituting_each_token_and_parsing():
         assert found == pytest.approx({t: p / total for t, p in wanted.items()})
         several += len(found) > 1
     assert several > 1
+
+
+def test_demo_runs_and_fails_without_training(monkeypatch):
+    monkeypatch.setattr(mlm, "STEPS", 3)
+    with pytest.raises(SystemExit, match="FAILED: wanted"):
+        mlm.demo()
 
 
 def test_flops_per_token_counts_weights_in_products():
