@@ -540,7 +540,7 @@ def electra_loss(
         ids (B, T), with the inputs and labels that `mask_tokens` made of it.
         real (B, T) bool: False for padding, which is not judged.
         generator: randomness of the sampling, on ids' device; None: torch's own.
-        weight: 50, ELECTRA's; a verdict is worth a tenth of a nat, a guess several.
+        weight: 50, ELECTRA's: a verdict costs tenths of a nat, a guess several nats.
     A guess that hits the original is labelled original.
     """
     chosen = labels != IGNORE  # (B, T), M of them True
@@ -609,7 +609,7 @@ TOKEN = re.compile(r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[^\sA-Za-z]|\n\n")
 # Phrases of the rule "search": only stories of something lost and found have one
 SEARCHED = re.compile("only crumbs|No luck|began to cry|twice, but")
 PAD, MASK, BEGIN, FIRST_WORD = range(4)  # the ids, words from 3 on
-RATE = 0.4  # of tokens masked: with few steps, more labels in each are worth more than context
+RATE = 0.4  # of tokens masked, as Wettig et al.: a step has more labels than at 0.15
 STEPS = 700
 HELD_OUT = 200
 
