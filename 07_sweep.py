@@ -565,10 +565,11 @@ class TPE:
 
 # 4. Early stopping: how far a trial may go
 #
-# A rule is a pure function of the table `rungs` {budget: {trial: value}}, in order of arrival, and
-# of the trials' states. It keeps nothing itself: a study that was killed goes on as it would have.
+# A rule is a pure function of the table `rungs` {step: {trial: value}}, in order of arrival, and of
+# the trials' states. It keeps nothing itself: a study that was killed goes on as it would have.
 # budgets(i) are the rungs of trial i, judge(...) the state in which a report leaves its trial,
-# promote(...) a paused trial that may go on now. Lower values are better, NaN is worse than all.
+# promote(...) a paused trial that may go on now, where there are to be `total` trials. Lower values
+# are better, NaN is worse than all.
 
 
 @dataclass(frozen=True)
@@ -583,7 +584,7 @@ class Full:
     def judge(self, rungs: dict, states: dict, index: int, step: int) -> str:
         return "done" if step >= self.budget else "running"
 
-    def promote(self, rungs: dict, states: dict, total: int) -> int | None:
+    def promote(self, rungs: dict, states: dict, total: float) -> int | None:
         return None
 
 
@@ -591,7 +592,7 @@ class Full:
 class Median(Full):
     """Prunes a trial whose best report so far is worse than the median of the finished ones.
 
-    Compared at the same step, once `startup` trials are done and after `warmup` steps.
+    Compared at the same step, once `startup` trials are done and from step `warmup` on.
     """
 
     startup: int = 5
@@ -603,7 +604,7 @@ class Median(Full):
         done = [i for i, state in states.items() if state == "done"]
         there = [rungs[step][i] for i in done if i in rungs[step]]
         there = [v for v in there if not math.isnan(v)]
-        if len(done) < self.startup or step <= self.warmup or not there:
+        if len(done) < self.startup or step < self.warmup or not there:
             return "running"
         best = min(worse_if_nan(rungs[s][index]) for s in rungs if s <= step and index in rungs[s])
         return "pruned" if best > statistics.median(there) else "running"
@@ -629,7 +630,7 @@ def passes(form: str, value: float, earlier: list[float], eta: int) -> bool:
     """
     if math.isnan(value):
         return False
-    earlier = [worse_if_nan(v) for v in earlier]
+    earlier = [v for v in earlier if not math.isnan(v)]  # they do not count in either
     if form == "percentile":
         return not earlier or value <= np.percentile(earlier, 100 / eta)
     everybody = sorted([*earlier, value])
@@ -670,7 +671,7 @@ class ASHA:
         on = passes(self.form, value, [v for _, v in before], self.eta)
         return "running" if on else "pruned"
 
-    def promote(self, rungs: dict, states: dict, total: int) -> int | None:
+    def promote(self, rungs: dict, states: dict, total: float) -> int | None:
         if self.form == "promote":
             for low in reversed(self.budgets(0)[:-1]):
                 there = rungs.get(low, {})
@@ -735,9 +736,9 @@ class Hyperband:
             return "done"
         return "paused" if step in self.budgets(index) else "running"
 
-    def promote(self, rungs: dict, states: dict, total: int) -> int | None:
+    def promote(self, rungs: dict, states: dict, total: float) -> int | None:
         start = 0
-        while start < total:
+        while start < len(states):
             trials, budgets = self.bracket(start)
             start = trials.stop
             members = [i for i in trials if i < total]
@@ -1160,12 +1161,10 @@ class Study:
         for trial in self.trials:
             if trial.state in ("queued", "running") and trial not in busy:
                 return trial
-        total = self.limits.trials or math.inf
+        total = math.inf if self.limits.trials is None else self.limits.trials
         if isinstance(self.sampler, Grid):
             total = min(total, len(self.sampler.all(self.space)))
-        promoted = self.rule.promote(
-            self.rungs, self.states, total if total < math.inf else len(self.trials)
-        )
+        promoted = self.rule.promote(self.rungs, self.states, total)
         if promoted is not None:
             return self.trials[promoted]
         return self.ask() if len(self.trials) < total else None
@@ -1173,6 +1172,9 @@ class Study:
     def run(self, limits: Limits, workers: int = 1, show: bool = True) -> Study:
         """Goes on until a limit is reached or nothing is left to do. Ctrl-C loses nothing."""
         check(workers >= 1, "workers", workers, "at least 1")
+        ends = (limits.trials, limits.tokens, limits.seconds, limits.dollars)
+        endless = ends == (None,) * 4 and not isinstance(self.sampler, Grid)
+        check(not endless, "limits", limits, "at least one")
         delay = getattr(self.sampler, "delay", workers)
         check(workers <= delay, "workers", workers, f"at most TPE's delay={delay}")
         self.limits, self.began = limits, time.time()
@@ -1535,7 +1537,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="DIR", help="save pictures there (needs matplotlib)")
     settings = parser.parse_args(argv)
     ends = (settings.trials, settings.tokens, settings.seconds, settings.dollars)
-    if ends == (None,) * 4:
+    if ends == (None,) * 4 and settings.sampler != "grid":
         settings.trials = 20
     check(settings.dollars is None or settings.price > 0, "--price", settings.price,
           "above 0 where --dollars is given")  # fmt: skip
