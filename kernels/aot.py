@@ -128,7 +128,9 @@ def compile_target(target: str) -> None:
             if target not in case.get("targets", TARGETS):
                 continue
             print(json.dumps(case["name"]), flush=True)
-            row = {"kernel": case["name"], "target": target, "expect": sorted(case["expect"])}
+            function = f"{module}.{case['kernel'].__name__}"
+            row = {"kernel": case["name"], "function": function, "target": target}
+            row["expect"] = sorted(case["expect"])
             try:
                 compiled = compile_case(case, target)
             except Exception as error:  # one kernel's failure is a line of the table
