@@ -155,6 +155,10 @@ class Trial:
         return None if self.state in ("failed", "queued") or not self.last else self.last.value
 
     @property
+    def reached(self) -> int:
+        return self.last.step if self.last else 0
+
+    @property
     def tokens(self) -> int:
         return self.last.tokens if self.last else 0
 
@@ -163,7 +167,6 @@ def rank(trial: Trial) -> tuple:
     """Sorts the best first: finished ones by value, then the others, farthest first."""
     value = worse_if_nan(trial.value)
     return (0, 0, value) if trial.state == "done" else (1, -trial.last.step, value)
-
 
 
 # 2. The space: what may be chosen
@@ -252,6 +255,9 @@ class Choice:
         check(len(self.options) > 0, "options", self.options, "at least one")
         check(len(set(map(repr, self.options))) == len(self.options), "options", self.options,
               "each of them once")  # fmt: skip
+        for option in self.options:
+            plain = isinstance(option, (str, int, float, bool, type(None)))
+            check(plain, "option", option, "a text, a number, true, false or null")
         for option in self.then:
             check(option in self.options, "then", option, f"one of the options {self.options}")
 
@@ -592,11 +598,16 @@ class Full:
 class Median(Full):
     """Prunes a trial whose best report so far is worse than the median of the finished ones.
 
-    Compared at the same step, once `startup` trials are done and from step `warmup` on.
+    Compared at the same step, once `startup` trials are done and from step `warmup` on. every: the
+    runs are made in pieces so long, for objectives that do not report on their way.
     """
 
     startup: int = 5
     warmup: int = 0
+    every: int | None = None
+
+    def budgets(self, index: int) -> list[int]:
+        return [*range(self.every or self.budget, self.budget, self.every or 1), self.budget]
 
     def judge(self, rungs: dict, states: dict, index: int, step: int) -> str:
         if step >= self.budget:
@@ -1035,7 +1046,7 @@ def describe(thing) -> object:
         return {str(key): describe(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple, range)):
         return [describe(item) for item in thing]
-    return thing.__name__ if callable(thing) else thing
+    return getattr(thing, "__name__", type(thing).__name__) if callable(thing) else thing
 
 
 class Study:
@@ -1113,10 +1124,8 @@ class Study:
         self.store.append(trial=trial.index, state=state, time=time.time(), **more)
 
     def ask(self) -> Trial | None:
-        """A new trial, written down before it starts; None when the sampler has to wait or ends."""
+        """A new trial, written down before it starts; None while the sampler has to wait."""
         index = len(self.trials)
-        if isinstance(self.sampler, Grid) and index >= len(self.sampler.all(self.space)):
-            return None
         if isinstance(self.sampler, TPE):
             seen = self.trials[: max(0, index - self.sampler.delay + 1)]
             if any(t.state in ("queued", "running") for t in seen):
@@ -1128,8 +1137,7 @@ class Study:
         return self.trials[-1]
 
     def next_budget(self, trial: Trial) -> int:
-        reached = trial.last.step if trial.last else 0
-        return next(b for b in self.rule.budgets(trial.index) if b > reached)
+        return next(b for b in self.rule.budgets(trial.index) if b > trial.reached)
 
     def spent(self) -> dict[str, float]:
         seconds = sum(t.seconds for t in self.trials)
@@ -1142,8 +1150,8 @@ class Study:
     def affordable(self, busy: list[Trial]) -> bool:
         """Whether one more rung may start: not if what runs now will probably reach a limit."""
         spent = self.spent()
-        done = sum(t.last.step for t in self.trials if t.last)
-        coming = sum(self.next_budget(t) - (t.last.step if t.last else 0) for t in busy)
+        done = sum(t.reached for t in self.trials)
+        coming = sum(self.next_budget(t) - t.reached for t in busy)
         for name, amount in spent.items():
             limit = getattr(self.limits, name)
             if limit is None:
@@ -1180,7 +1188,7 @@ class Study:
         self.limits, self.began = limits, time.time()
         with self.store.locked():
             self.load()
-            if not self.store.file.exists() or not self.store.read():
+            if not self.store.read():
                 self.store.append(study=self.identity())
             self.store.append(session=surroundings())
             pool = InProcess(self.objective) if workers == 1 else Workers(self.objective, workers)
@@ -1207,15 +1215,15 @@ class Study:
                 pool.answer(index, self.take(trial, news))
             elif isinstance(news, str):
                 self.record(trial, "failed", message=news)
-            elif not trial.last or trial.last.step not in self.rule.budgets(index):
-                reached = trial.last.step if trial.last else 0
-                self.record(trial, "failed", message=f"no report at its budget, only at {reached}")
+            elif trial.reached not in self.rule.budgets(index):
+                message = f"no report at its budget, the last at {trial.reached}"
+                self.record(trial, "failed", message=message)
             if show:
-                print(self.progress(len(pool.running)), flush=True)
+                print(self.progress(), flush=True)
 
     def take(self, trial: Trial, report: Report) -> bool:
         """Notes a report and judges its trial; whether this call of the objective is to go on."""
-        if trial.last and report.step <= trial.last.step:
+        if report.step <= trial.reached:
             return True  # a trial that was interrupted says again what is known already
         budget = self.next_budget(trial)
         self.rungs.setdefault(report.step, {})[trial.index] = report.value
@@ -1223,7 +1231,7 @@ class Study:
         self.record(trial, state, report)
         return state == "running" and report.step < budget
 
-    def progress(self, busy: int) -> str:
+    def progress(self) -> str:
         """One line: how many trials are over, the best so far, what is spent and what is left."""
         count = collections.Counter(self.states.values())
         over = sum(count.get(state, 0) for state in ("done", "pruned", "paused", "failed"))
@@ -1270,7 +1278,7 @@ class Train:
         for line in (out / "metrics.jsonl").read_text().splitlines():
             entry = json.loads(line)
             if "val_nats" in entry and entry["step"] < budget:
-                yield Report(entry["step"], entry["val_nats"])
+                yield Report(entry["step"], entry["val_nats"], results["tokens"])  # all are spent
         yield Report(budget, results["val_nats"], results["tokens"])
 
 
@@ -1489,7 +1497,7 @@ SAMPLERS = {
 }
 RULES = {
     "none": lambda s: Full(s.budget),
-    "median": lambda s: Median(s.budget),
+    "median": lambda s: Median(s.budget, every=s.min_budget),
     "halving": lambda s: Hyperband(s.budget, s.eta, brackets=1),
     "hyperband": lambda s: Hyperband(s.budget, s.eta),
     "asha": lambda s: ASHA(s.budget, s.min_budget, s.eta, "promote"),
@@ -1524,7 +1532,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--delay", type=int, default=1, help="tpe: workers that may be busy at once")
     add("--rule", choices=RULES, default="none", help="early stopping")
     add("--budget", type=int, default=300, help="steps of a whole run")
-    add("--min-budget", type=int, default=30, help="asha: steps to the first rung")
+    add("--min-budget", type=int, default=30, help="asha: steps to the first rung; median: of "
+        "each piece of a run")  # fmt: skip
     add("--eta", type=int, default=3, help="one trial in eta goes on to the next rung")
     add("--seeds", type=int, default=1, help="runs of each trial, to take the mean of")
     add("--seed", type=int, default=0, help="of the study")
