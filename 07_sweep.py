@@ -1,10 +1,11 @@
 """Hyperparameter search: spaces, samplers, early stopping, and a store that loses nothing.
 
-    python 07_sweep.py                                        # a demonstration, one minute
+    python 07_sweep.py                                        # a demonstration, under one minute
     python 07_sweep.py --tune learning_rate=1e-3:3e-2:log --tune weight_decay=0.0:0.3 \
         --sampler tpe --delay 4 --workers 4 --rule asha --budget 300 --trials 40 -- --model 0.5m
     python 07_sweep.py --command "python mine.py --lr {lr}" --tune lr=1e-4:1e-1:log
     python 07_sweep.py ... --resume        goes on;     ... --report        only shows
+    python 07_sweep.py ... --plot DIR      pictures;    ... --track mlflow  or wandb, offline
 
 A trial is one choice of values and what came of it. Three questions are asked again and again:
 
@@ -29,7 +30,7 @@ Sources: random before grid: Bergstra & Bengio 2012; TPE: Bergstra et al. 2011, 
 (1603.06560); ASHA: Li et al. 2018 (1810.05934), its stopping forms: optuna 5.0.0's pruner and
 ray 2.60's scheduler; median rule: Vizier, Golovin et al. 2017.
 
-Run: `python 07_sweep.py` (CPU, 41 s on one core of an AMD EPYC (Zen 3)) prints, from seed 0,
+Run: `python 07_sweep.py` (42 s of CPU time on an AMD EPYC (Zen 3)) prints, from seed 0,
 
     best of 60 trials on a synthetic objective, median of 10 seeds
       random                         0.0359
@@ -40,15 +41,15 @@ Run: `python 07_sweep.py` (CPU, 41 s on one core of an AMD EPYC (Zen 3)) prints,
     ASHA over 9 runs of 06_train.py: validation nats/token, rungs at 10, 30, 90 steps
 
     trial   state  step   value  learning_rate  weight_decay  warmup_steps  tokens    s
-        6    done    90  2.2818       0.003287      0.004364             8  42,189  9.5
-        5  paused    30  3.5618       0.002762       0.04398             4  14,277  3.9
-        0  paused    30  4.0855        0.01214      0.006447             0  14,132  6.5
+        6    done    90  2.2818       0.003287      0.004364             8  42,189  8.7
+        5  paused    30  3.5618       0.002762       0.04398             4  14,277  3.8
+        0  paused    30  4.0855        0.01214      0.006447             0  14,132  6.6
         8  paused    10  4.4949        0.02476        0.2127             1   4,527  1.5
-        1  paused    10  4.8862         0.0527       0.04693             8   4,835  1.5
+        1  paused    10  4.8862         0.0527       0.04693             8   4,835  1.6
         2  paused    10  4.9731      0.0004798       0.01612             6   4,903  1.5
         3  paused    10  5.0169        0.05433        0.3813             3   4,813  1.5
-        7  paused    10  5.0732       0.000376        0.2145             8   4,677  1.5
-        4  paused    10  5.1550         0.0507       0.00485             4   4,676  1.5
+        7  paused    10  5.0732       0.000376        0.2145             8   4,677  1.4
+        4  paused    10  5.1550         0.0507       0.00485             4   4,676  1.4
 
     learning_rate   0.0003 | 8 6           21         3    4    5    | 0.1
     weight_decay     0.001 |        19 3    6     2        4   7     | 1
@@ -56,10 +57,10 @@ Run: `python 07_sweep.py` (CPU, 41 s on one core of an AMD EPYC (Zen 3)) prints,
 
     the first 3 of these 9 points, each trained to the end
 
-    trial  state  step   value  learning_rate  weight_decay  warmup_steps  tokens    s
-        2   done    90  3.1217      0.0004798       0.01612             6  42,775  8.0
-        0   done    90  3.5835        0.01214      0.006447             0  42,513  7.9
-        1   done    90  4.1295         0.0527       0.04693             8  42,773  8.0
+    trial  state  step   value  learning_rate  weight_decay  warmup_steps  tokens     s
+        2   done    90  3.1217      0.0004798       0.01612             6  42,775  10.9
+        0   done    90  3.5835        0.01214      0.006447             0  42,513   7.9
+        1   done    90  4.1295         0.0527       0.04693             8  42,773  10.9
 
     ASHA: 2.2818 nats for 99,029 tokens, at learning rate 0.0033; full runs: 3.1217 for 128,061
     ok: TPE halves random's best; ASHA is not worse than full runs, for fewer tokens
@@ -1486,6 +1487,48 @@ def plot(study: Study, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
+def to_mlflow(study: Study) -> None:
+    """Copies every trial that has ended into mlflow.db in the study's folder, each one once.
+
+    MLflow keeps infinity as the largest float64.
+    """
+    mlflow = needed("mlflow", "mlflow", "--track mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{study.folder.resolve()}/mlflow.db")
+    found = client.get_experiment_by_name(study.folder.name)
+    experiment = found.experiment_id if found else client.create_experiment(study.folder.name)
+    there = {run.data.tags["trial"] for run in client.search_runs([experiment], max_results=10_000)}
+    status = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+    for trial in study.trials:
+        if trial.state not in status or str(trial.index) in there:
+            continue
+        tags = {"trial": str(trial.index), "state": trial.state, "message": trial.message}
+        run = client.create_run(experiment, tags=tags, run_name=f"trial-{trial.index}").info.run_id
+        for name, value in {"seed": trial.seed, **trial.params}.items():
+            client.log_param(run, name, value)
+        for r in trial.reports:
+            client.log_metric(run, "value", r.value, step=r.step)
+            client.log_metric(run, "tokens", r.tokens, step=r.step)
+        client.set_terminated(run, status[trial.state])
+
+
+def to_wandb(study: Study) -> None:
+    """Writes every trial that has ended as an offline run; `wandb sync` uploads them later."""
+    wandb = needed("wandb", "wandb", "--track wandb")
+    for trial in study.trials:
+        if trial.state in ("done", "pruned", "failed"):
+            run = wandb.init(
+                mode="offline", dir=study.folder, project="sweep", group=study.folder.name,
+                name=f"trial-{trial.index}", id=f"{study.folder.name}-{trial.index}",
+                tags=[trial.state], config={"seed": trial.seed, **trial.params},
+            )  # fmt: skip
+            for r in trial.reports:
+                run.log({"value": r.value, "tokens": r.tokens}, step=r.step)
+            run.finish()
+
+
+TRACKERS = {"mlflow": to_mlflow, "wandb": to_wandb}
+
+
 # 10. The command line
 
 SAMPLERS = {
@@ -1543,6 +1586,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=float, help="end after this time")
     add("--dollars", type=float, help="end when so much is spent at --price")
     add("--price", type=float, default=0.0, help="dollars for an hour of one worker")
+    add("--track", choices=TRACKERS, help="at the end, copy the trials to this tracker")
     add("--plot", type=Path, metavar="DIR", help="save pictures there (needs matplotlib)")
     settings = parser.parse_args(argv)
     ends = (settings.trials, settings.tokens, settings.seconds, settings.dollars)
@@ -1621,6 +1665,8 @@ def main(argv: list[str]) -> int:
             limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
             study.run(limits, settings.workers)
         report(study)
+        if settings.track:
+            TRACKERS[settings.track](study)
         if settings.plot:
             print("saved " + ", ".join(map(str, plot(study, settings.plot))))
         return 0

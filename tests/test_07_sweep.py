@@ -832,6 +832,45 @@ def test_plot_saves_pictures(tmp_path):
         assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and file.stat().st_size > 3000
 
 
+# trackers
+
+
+def test_mlflow_gives_back_what_the_study_found(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    s = run(tmp_path / "s", troubled, trials=5)
+    sweep.to_mlflow(s)
+    sweep.to_mlflow(s)  # adds nothing
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/s/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("s").experiment_id])
+    assert sorted(int(r.data.tags["trial"]) for r in runs) == [0, 1, 2, 3, 4]
+    for r in runs:
+        ours = s.trials[int(r.data.tags["trial"])]
+        assert r.info.status == {"done": "FINISHED", "failed": "FAILED"}[ours.state]
+        params = {"seed": ours.seed, **ours.params}
+        assert r.data.params == {name: str(value) for name, value in params.items()}
+        history = client.get_metric_history(r.info.run_id, "value")
+        assert [(m.step, m.value) for m in history] == [(x.step, x.value) for x in ours.reports]
+
+
+def test_wandb_writes_offline_runs(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    s = run(tmp_path / "s", troubled, trials=2)
+    sweep.to_wandb(s)
+    files = sorted((tmp_path / "s" / "wandb").glob("offline-run-*/*.wandb"))
+    assert [f.name for f in files] == ["run-s-0.wandb", "run-s-1.wandb"]
+    for file, ours in zip(files, s.trials):
+        assert json.dumps(ours.params["x"]).encode() in file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_that_are_not_there_say_how_to_get_them(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    s = run(tmp_path / "s", trials=1)
+    with pytest.raises(SweepError, match=f"--track {name} needs {name}: pip install {name}"):
+        sweep.TRACKERS[name](s)
+
+
 # the command line
 
 
