@@ -58,6 +58,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+try:  # Triton kernels, where the folder stands beside this file
+    from kernels.cross_entropy import cross_entropy as fused_cross_entropy
+    from kernels.cross_entropy import triton
+    from kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
+except ImportError:
+    triton = None
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+
 # Most logits that a chunk of `linear_cross_entropy` holds unless told otherwise: on a CPU 32 MiB
 # of float32, 2048 tokens at V = 4096, the fastest of 256 ... 2048 on 2 cores of an AMD EPYC; on
 # other devices 512 MiB, because a GPU needs large matrix products to be busy.
@@ -77,6 +86,19 @@ def require_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) ->
 def values_visible(x: Tensor) -> bool:
     """Whether looking at x's values is free: a GPU would have to stop and report them."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def use_triton(implementation: str, x: Tensor) -> bool:
+    """Whether the kernels do the work on x: with "auto", where Triton is there and x on a GPU."""
+    require(implementation in IMPLEMENTATIONS, "implementation", implementation,
+            f"one of {IMPLEMENTATIONS}")  # fmt: skip
+    if implementation == "triton" and triton is None:
+        raise ImportError(
+            "implementation='triton' needs the folder kernels/ beside this file, and Triton: "
+            "pip install triton"
+        )
+    on_gpu = triton is not None and x.is_cuda and x.dtype != torch.float64
+    return implementation == "triton" or (implementation == "auto" and on_gpu)
 
 
 def check_classes(
@@ -209,6 +231,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    implementation: str = "auto",
 ) -> Tensor:
     """-ln softmax(logits) at the targets, in nats: the arguments of torch's, plus z_loss.
 
@@ -224,12 +247,19 @@ def cross_entropy(
         z_loss >= 0: z, adds z * lse^2 to each token's loss, which then counts with the token's
             class weight like the rest of it.
         reduction: "mean" divides the sum by the sum of the counted tokens' class weights.
+        implementation: "torch" is this file; "triton" the kernel of kernels/cross_entropy.py, in
+            which backward runs once only; "auto" is "triton" for logits on a GPU without class
+            weights, where it is there.
     Returns: () or, for "none", (...); float32 for half-precision logits (torch rounds it to their
         type), which are computed in float32; their gradient comes in their own type.
     With no token to count the mean is 0 and its gradient 0. torch says nan there, which would
     turn every weight to nan in the one step that got a batch of padding only.
     No second derivative. Raises: ValueError for shapes, types and values outside these.
     """
+    if use_triton(implementation, logits) and (weight is None or implementation == "triton"):
+        options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction}
+        options |= {"ignore_index": ignore_index, "implementation": "triton"}
+        return fused_cross_entropy(logits, targets, weight=weight, **options)
     V = logits.shape[-1] if logits.ndim else 0
     require(V > 0, "logits.shape", tuple(logits.shape), "(..., V) with at least one class")
     check_classes(targets, logits.shape[:-1], V, ignore_index, label_smoothing, z_loss)
@@ -305,6 +335,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    implementation: str = "auto",
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T, targets)`, with no more logits in memory than one chunk's.
 
@@ -315,11 +346,17 @@ def linear_cross_entropy(
         The others: see `cross_entropy`. reduction is "mean" or "sum": the gradients of hidden and
             weight are finished before the loss is returned and can then be scaled by one number
             only, while "none" would need one for each token beforehand.
+        implementation: as in `cross_entropy`, with kernels/linear_cross_entropy.py.
     Returns: () float32 (float64 for float64).
     Under torch.autocast the matrix products run in its type, the softmax in float32. The weight's
     gradient adds up in float32, and both gradients come in their tensor's type.
     No second derivative. Raises: ValueError for shapes, types and values outside these.
     """
+    if use_triton(implementation, hidden):
+        options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction}
+        options |= {"ignore_index": ignore_index, "chunk_tokens": chunk_tokens}
+        options |= {"implementation": "triton"}
+        return fused_linear_cross_entropy(hidden, weight, targets, **options)
     require(
         hidden.ndim > 0 and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1],
         "(hidden.shape, weight.shape)",

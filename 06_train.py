@@ -121,7 +121,7 @@ class Config:
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     dtype: str = "auto"  # of matrix products: "float32", "bfloat16", or what suits the device
-    implementation: str = "auto"  # of layers and AdamW: "torch", "triton"; "auto": triton on a GPU
+    implementation: str = "auto"  # of layers, loss, AdamW: "torch", "triton"; "auto": GPUs triton
     compile: bool = False  # torch.compile the model: minutes once, then faster steps
     model: str = "0.5m"  # shape, by its name in 03_gpt.PRESETS
     vocab_size: int = 1024  # tokens, at most; a small text may have fewer
@@ -759,7 +759,8 @@ class Run:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             h = self.model.hidden(x)  # (B, T, C)
             weight = self.model.embedding.weight  # (V, C)
-            return losses.linear_cross_entropy(h, weight, y, reduction="sum")
+            options = {"reduction": "sum", "implementation": self.config.implementation}
+            return losses.linear_cross_entropy(h, weight, y, **options)
 
     def backward(self, x: Tensor, y: Tensor, count: int) -> Tensor:
         """Adds the gradient of the mean loss over `count` targets; returns that loss, ()."""

@@ -2,15 +2,17 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    import pytest
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -646,3 +646,46 @@ def test_file_runs_alone_and_prints_what_its_docstring_says(tmp_path):
     printed, wanted = (text.strip().splitlines() for text in (run.stdout, documented))
     # the rounding errors at the end of a line are the machine's own
     assert [line.strip()[:28] for line in printed] == [line.strip()[:28] for line in wanted]
+
+
+# the kernels, in Triton's interpreter or on a GPU
+
+
+def assert_triton_equals_torch(device):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 5, 50, generator=g).to(device)
+    hidden, weight = (torch.randn(n, 16, generator=g).to(device) for n in (35, 50))
+    y = torch.randint(50, (7, 5), generator=g).to(device)
+    y[0] = -100
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"reduction": "sum"}):
+        results = []
+        for form in ("torch", "triton"):
+            leaves = [x.clone().requires_grad_() for x in (logits, hidden, weight)]
+            one = losses.cross_entropy(leaves[0], y, **options, implementation=form)
+            two = losses.linear_cross_entropy(
+                leaves[1], leaves[2], y.flatten(), **options, implementation=form
+            )
+            (one + 2 * two).backward()
+            results.append([one, two, *(x.grad for x in leaves)])
+        for ours, wanted in zip(*results):
+            torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+def test_losses_with_kernels_equal_the_plain_ones_in_the_interpreter():
+    assert_triton_equals_torch("cpu")
+
+
+@pytest.mark.gpu
+def test_losses_with_kernels_equal_the_plain_ones_on_a_gpu():
+    assert_triton_equals_torch("cuda")
+
+
+def test_losses_without_kernels_say_what_is_missing(monkeypatch):
+    monkeypatch.setattr(losses, "triton", None)
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    assert losses.cross_entropy(x, y).item() == pytest.approx(math.log(3))
+    with pytest.raises(ImportError, match="pip install triton"):
+        losses.cross_entropy(x, y, implementation="triton")
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        losses.cross_entropy(x, y, implementation="fast")
