@@ -367,7 +367,7 @@ def main() -> int:
             print(f"{name:28s} {tried:5d} {survived:9d} {tried - survived:5d}", flush=True)
             table.append({"fault": name, "tried": tried, "survived": survived})
     if args.json:
-        about = {"torch": torch.__version__, "command": "python " + " ".join(sys.argv)}
+        about = {"torch": torch.__version__, "kills": args.kills, "tries": args.tries}
         args.json.write_text(json.dumps(about | {"faults": table}, indent=1) + "\n")
     return int(any(row["survived"] < row["tried"] for row in table))
 
