@@ -1240,7 +1240,8 @@ class Study:
         shares = [amount / getattr(self.limits, name)
                   for name, amount in spent.items() if getattr(self.limits, name)]  # fmt: skip
         shares.append(over / self.limits.trials if self.limits.trials else 0)
-        left = spent["seconds"] * (1 / max(shares) - 1) if max(shares) > 0 else math.nan
+        known = over > 0 and max(shares) > 0  # before a trial is over it would be a wild guess
+        left = spent["seconds"] * (1 / max(shares) - 1) if known else math.nan
         best = self.best
         return (
             f"{over}/{self.limits.trials or '?'} trials | "
