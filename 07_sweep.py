@@ -1466,7 +1466,7 @@ def plot(study: Study, folder: Path) -> list[Path]:
 
     pictures["parallel"], axes = plt.subplots(figsize=(1.5 + 1.5 * len(params), 4))
     for trial, colour in zip(trials, colours):
-        axes.plot([share_of(p, trial) for p in params], color=colour)
+        axes.plot([share_of(p, trial) for p in params], ".-", color=colour)
     axes.set_xticks(range(len(params)), [f"{p.name}\n{' .. '.join(ends(p))}" for p in params])
     axes.set(ylim=(0, 1), title="chosen values, low to high, the best dark")
 
