@@ -1479,6 +1479,7 @@ def plot(study: Study, folder: Path) -> list[Path]:
     axes.step(
         np.cumsum([t.tokens for t in study.trials if t in whole] or [0]),
         np.minimum.accumulate([worse_if_nan(t.value) for t in whole] or [math.nan]),
+        ".-",
         where="post",
     )
     axes.set(xlabel="tokens of finished trials", ylabel="best value so far")
