@@ -18,8 +18,8 @@ from l and takes the draw with the largest l/g. Successive halving gives n trial
 the best n/eta of them eta b, and so on; Hyperband does so for several b; ASHA does not wait until
 all n are there. Everything that is decided follows from the store and the study's seed, so that a
 study killed at any byte goes on as if nothing had happened, and for grid, random and Sobol any
-number of workers tries the same points. For TPE that holds up to --delay workers, with rules that
-judge by fixed groups or not at all; with ASHA it depends on who comes first.
+number of workers tries the same points. For TPE that holds up to --delay workers where every trial
+is trained to the end; with early stopping it depends on who comes first.
 
 In Python: Study(folder, {"learning_rate": Range(1e-3, 3e-2, log=True)}, objective, TPE(),
 ASHA(300)).run(Limits(trials=40)), where objective(config, budget, folder) returns a value to be
