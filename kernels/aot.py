@@ -200,7 +200,8 @@ def main() -> None:
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         known[triton.__version__] = rows
-        arguments.json.write_text(json.dumps(known, indent=1) + "\n")
+        text = json.dumps(known).replace('": [{"', '": [\n{"').replace('}, {"', '},\n{"')
+        arguments.json.write_text(text + "\n")  # a line for each row
     if failures:
         sys.exit("\n".join(f"FAILED {line}" for line in failures))
     print(f"checked: {len(rows)} compilations, no spills, within the chips' limits")

@@ -12,7 +12,7 @@ row still holds all of it in registers: it writes the gradient there and then, d
 of counted tokens, and autograd's backward finds it finished.
 
 Bytes, for N tokens of bfloat16 logits: read 2 N V, write 2 N V, and 12 N beside that. At N = 65,536
-and V = 4096 that is 1.07 GB, 250 us at 4.3 TB/s; 5 operations an element are nothing beside it.
+and V = 4096 that is 1.07 GB, 250 us at an H200's 4.3 TB/s; ten operations an element are nothing.
 The bound is memory. Written as separate operations, the maximum, the exponentials, their sum, the
 loss and the gradient each read the logits or a float32 copy of them again.
 
@@ -24,7 +24,7 @@ host: the number of counted tokens is a tensor as well.
 
 Rows of up to 16,384 logits stay in registers. A longer one is taken in tiles with a running maximum
 and sum: the first tile stays, the others are read a second time, while they are in the cache
-(128,256 logits are 251 KiB). 32,768 logits in registers compile too, but spill 8 to 256 bytes.
+(128,256 logits are 251 KiB). 32,768 in registers would compile too, but spill 8 to 256 bytes.
 
 Letters used below: N tokens (all leading axes in one), V classes (the vocabulary).
 
