@@ -1,1 +1,1 @@
-"""Triton kernels, one family per file; each file holds its maths, its plain reference and its kernels."""
+"""Triton kernels, one family per file: the maths, a plain reference, and the kernels."""
