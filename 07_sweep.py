@@ -223,8 +223,9 @@ class Range:
         """The nearest value that is allowed."""
         value = math.exp(z) if self.log else z
         if self.stride:
-            value = self.low + round((value - self.low) / self.stride) * self.stride
-            value = float(f"{value:.12g}")  # 0.3, not 0.30000000000000004
+            last = round((self.high - self.low) / self.stride)
+            i = min(max(round((value - self.low) / self.stride), 0), last)
+            value = float(f"{self.low + i * self.stride:.12g}")  # 0.3, not 0.30000000000000004
         value = min(max(value, self.low), self.high)
         return int(value) if self.whole else float(value)
 
