@@ -94,7 +94,8 @@ schedules = importlib.import_module("05_schedules")
 stability = importlib.import_module("08_stability")
 
 KEEP = 3  # newest checkpoints kept, in case the last one is damaged; the best is kept too
-MAX_REWINDS = 5  # a run that goes back more often has something wrong with it
+MAX_REWINDS = 5  # in a row: a run that goes back more often has something wrong with it
+NEAR = 10  # steps: spikes closer together than this are in a row
 HELD_OUT = 50  # of a user's file, one story in 50 is kept for validation
 VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
@@ -154,7 +155,8 @@ class Config:
         for name in ("log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            value = getattr(self, name)
+            check(0 <= value < 2**63, name, value, "at least 0, and finite")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -400,6 +402,7 @@ def prepare(config: Config) -> Data:
 
 # The run folder: config.json, vocabulary.json, metrics.jsonl, lock, step-STEP-CHECKSUM.pt
 
+STARTED = {"lock", "config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
 MAY_CHANGE |= {"implementation", "deterministic"}
@@ -422,11 +425,14 @@ def stored_config(folder: Path) -> dict | None:
     """The fields of the run in a folder; None when there is no run."""
     file = folder / "config.json"
     try:
-        return json.loads(file.read_text())
+        stored = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}; choose another --out") from error
+    if not isinstance(stored, dict) or stored.keys() - Config.__dataclass_fields__:
+        raise RunError(f"{file} was not written by this version; choose another --out")
+    return stored
 
 
 def check_folder(config: Config) -> None:
@@ -437,7 +443,7 @@ def check_folder(config: Config) -> None:
     folder = Path(config.out)
     stored = stored_config(folder)
     if stored is None:
-        if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {"lock"}):
+        if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - STARTED):
             raise RunError(f"--out {folder}: not empty and not a run; choose another folder")
         return
     for name, value in asdict(config).items():
@@ -565,6 +571,14 @@ def branch_point(config: Config) -> dict:
                   f"{value}, as in the run that --branch {folder} goes on from")  # fmt: skip
     check(config.max_steps > state["step"], "max_steps", config.max_steps,
           f"more than the {state['step']} steps behind the run in --branch")  # fmt: skip
+    last = state["step"] - 1
+    before, now = Config(**state["config"]).rate(last), config.rate(last)
+    if not math.isclose(before, now, rel_tol=1e-9):
+        raise RunError(
+            f"--branch {folder}: its learning rate at step {last} was {before:.3g}, and here it "
+            f"would be {now:.3g}; a cooldown has to begin at or after step {state['step']}: raise "
+            "--max-steps or lower --cooldown"
+        )
     return state
 
 
@@ -730,8 +744,9 @@ class Place:
     batch: int = 0  # the next batch of the data: ahead of step by what a rewind passed over
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # spent so far
-    rewinds: int = 0
+    rewinds: int = 0  # in a row
     rewound_to: int = -1  # step that the last of them went back to
+    rewound_from: int = -NEAR  # step that it came from
     best: float = math.inf  # lowest loss of an evaluation, nats/token
     best_step: int = -1
 
@@ -788,6 +803,7 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "config": asdict(self.config),
+            "vocabulary": self.vocabulary.hash,
         }
         set_up_folder(self.folder, self.config, self.vocabulary)
         return save_checkpoint(self.folder, state, self.place.best_step)
@@ -799,6 +815,11 @@ class Run:
             self.optimizer.state.clear()
             self.guard, self.place = stability.SpikeGuard(), Place()
             return
+        if state["vocabulary"] != self.vocabulary.hash:
+            raise RunError(
+                f"--out {self.folder}: the text of --data {self.config.data} has changed since the "
+                "checkpoint was made, and its vocabulary with it; start anew in another --out"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
@@ -814,7 +835,8 @@ class Run:
         and the one before it is taken.
         """
         past = self.place
-        if past.rewinds == MAX_REWINDS:
+        near = past.step < past.rewound_from + NEAR
+        if near and past.rewinds == MAX_REWINDS:
             raise RunError(
                 f"went back {MAX_REWINDS} times and the loss still spikes, at step {past.step}; "
                 "try a lower --learning-rate in another --out"
@@ -824,7 +846,8 @@ class Run:
                 path.unlink()
         self.restore(load_checkpoint(self.folder))
         self.place.batch = past.batch + 1
-        self.place.rewinds, self.place.rewound_to = past.rewinds + 1, self.place.step
+        self.place.rewinds = past.rewinds + 1 if near else 1
+        self.place.rewound_to, self.place.rewound_from = self.place.step, past.step
         self.place.seconds = past.seconds  # the time since is counted from self.started
 
 
@@ -858,6 +881,9 @@ def train(config: Config) -> dict[str, float]:
     if config.deterministic:
         make_deterministic()
     check_folder(config)
+    folder, trunk = Path(config.out), None
+    if config.branch and not (config.resume and checkpoint_files(folder)):
+        trunk = branch_point(config)
 
     # 1. data: rows of tokens, a batch of them for each step
     try:
@@ -880,9 +906,6 @@ def train(config: Config) -> dict[str, float]:
     run.started = started
     meter = Meter(gpt.flops_per_token(run.model.config), peak_tflops(device))
     describe(run, data, source, reason)
-    folder, trunk = run.folder, None
-    if config.branch and not (config.resume and checkpoint_files(folder)):
-        trunk = branch_point(config)
     folder.mkdir(parents=True, exist_ok=True)
 
     with locked(folder), signals_noted() as stops:

@@ -147,6 +147,8 @@ def clip_grad_norm_(
         max_norm: longest gradient; math.inf clips nothing.
     With "skip" nothing is read back from the device.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm={max_norm} must be at least 0; math.inf clips nothing")
     if nonfinite not in ("skip", "zero"):
         raise ValueError(f"nonfinite={nonfinite!r} must be 'skip' or 'zero'")
     named = named_gradients(parameters)
@@ -187,7 +189,7 @@ def adaptive_clip_(parameters: Iterable[Tensor], clipping: float = 0.01, eps: fl
 
     Hand over all parameters but the last layer's, as the paper does.
     """
-    for p in parameters:
+    for p in [parameters] if isinstance(parameters, Tensor) else parameters:
         if p.grad is not None:
             limit = clipping * unit_norms(p).clamp(min=eps)
             norm = unit_norms(p.grad).clamp(min=1e-6)
@@ -202,8 +204,9 @@ class AutoClip:
         self.norms: list[float] = []
 
     def max_norm(self, norm: float) -> float:
-        self.norms.append(norm)
-        return float(np.percentile(self.norms, self.percentile))
+        if math.isfinite(norm):  # one NaN would stay in every percentile
+            self.norms.append(norm)
+        return float(np.percentile(self.norms, self.percentile)) if self.norms else math.inf
 
 
 class ZClip:
@@ -222,6 +225,8 @@ class ZClip:
         self.mean = self.var = 0.0
 
     def max_norm(self, norm: float) -> float:
+        if not math.isfinite(norm):  # nothing to learn from
+            return self.mean or math.inf
         if len(self.first) < self.warmup:
             self.first.append(norm)
             self.mean = statistics.fmean(self.first)
@@ -290,7 +295,10 @@ class SpikeGuard:
             by 2.4 nats, 342 of 395.
         patience: skips in a row that ask for a rewind.
     The constants suppose that a loss is a mean over a number of targets that varies little. Where
-    it does not, hand the number to `judge`.
+    it does not, hand the number to `judge`. And they suppose shuffled data: of batches that are now
+    of one kind and now of another, a kind that is rare and harder is taken for a spike and left
+    out, and a lasting rise of the level for a run that went wrong. Whoever goes back to a
+    checkpoint puts the guard's state back as well.
     """
 
     def __init__(
@@ -549,22 +557,22 @@ class SPAM(torch.optim.Optimizer):
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6,
         threshold=5000.0, reset_every=500, warmup=50, settle=20,
     ):  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "steps": 0})
         self.threshold, self.reset_every = threshold, reset_every
         self.warmup, self.settle = warmup, settle
-        self.steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
-        self.steps += 1
-        since = self.steps % self.reset_every  # steps since the last reset
+        steps = self.param_groups[0]["steps"] + 1  # in a group, so that state_dict holds it
+        since = steps % self.reset_every  # steps since the last reset
         scale = 1.0
-        if self.steps >= self.reset_every and since < self.warmup:
+        if steps >= self.reset_every and since < self.warmup:
             angle = math.pi * (since + 1) / (self.warmup + 1)
             scale = 1 - 0.99 * 0.5 * (1 + math.cos(angle))
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            correction = math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+            group["steps"] = steps
+            correction = math.sqrt(1 - beta2**steps) / (1 - beta1**steps)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -584,7 +592,8 @@ class LossScaler:
 
     float16 has nothing between 0 and 6e-8. The loss is multiplied by `scale_now` before the
     backward pass and the gradients, in float32, are divided by it after. If they are not finite
-    the step is left out and the scale is halved; `interval` good steps in a row double it.
+    the step is left out and the scale is halved; `interval` good steps in a row double it. For one
+    optimiser: a second one wants a scaler of its own.
 
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)      # only where something stands between: clipping, a log
@@ -608,6 +617,8 @@ class LossScaler:
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale. Raises: ValueError for float16 gradients."""
+        if self.finite is not None:
+            raise RuntimeError("the gradients are unscaled already; call step before the next time")
         self.finite = True
         for p in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
             if p.grad is None:
@@ -693,8 +704,9 @@ def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
                 report["weight_norm"][name] = norm
                 change = (p.detach() - before[name]).norm().item()
                 report["update_ratio"][name] = change / max(norm, TINY)
-                if "exp_avg_sq" in optimizer.state[p]:
-                    low = optimizer.state[p]["exp_avg_sq"].sqrt() < eps
+                v = optimizer.state.get(p, {}).get("exp_avg_sq")
+                if v is not None:
+                    low = v.sqrt() < eps
                     report["adam_floor"][name] = low.float().mean().item()
 
     hooks = [m.register_forward_hook(forward(name)) for name, m in model.named_modules() if name]

@@ -224,6 +224,14 @@ def test_rewinding_twice_to_one_checkpoint_goes_to_the_one_before(
     ]
 
 
+def test_spikes_far_apart_do_not_end_a_run(monkeypatch, capsys, cache, tmp_path):
+    monkeypatch.setattr(train, "MAX_REWINDS", 1)
+    corrupt(monkeypatch, [*range(25, 30), *range(45, 50), *range(65, 70)])
+    more = ["--checkpoint-every", 5, "--eval-every", 100, "--max-steps", 60]
+    status, stdout, stderr = run(capsys, cache, tmp_path / "run", *more)
+    assert status == 0 and stdout.count("guard    back to step") == 3, stderr
+
+
 def test_a_run_that_only_spikes_ends_in_one_line(monkeypatch, capsys, cache, tmp_path):
     corrupt(monkeypatch, range(25, 1000))
     status, _, stderr = run(capsys, cache, tmp_path / "run", "--max-steps", 60)
@@ -286,6 +294,14 @@ def test_two_cooldowns_from_one_trunk_equal_two_full_runs(capsys, cache, tmp_pat
     run(capsys, cache, tmp_path / "full", "--schedule", "constant")
     tensors = numbers_of(tmp_path / "full")[1]
     assert all(torch.equal(numbers_of(tmp_path / "on")[1][x], tensors[x]) for x in tensors)
+
+
+def test_branch_in_the_middle_of_its_cooldown_is_refused(capsys, cache, tmp_path):
+    run(capsys, cache, tmp_path / "trunk", "--max-steps", 30, "--schedule", "constant")
+    more = ["--branch", tmp_path / "trunk", "--schedule", "wsd", "--max-steps", 36]
+    status, _, stderr = run(capsys, cache, tmp_path / "out", *more, "--cooldown", 20)
+    assert status == 2 and "has to begin at or after step 30" in stderr
+    assert run(capsys, cache, tmp_path / "out", *more, "--cooldown", 6)[0] == 0
 
 
 def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
@@ -366,6 +382,16 @@ def test_train_on_a_file(capsys, cache, tmp_path):
     path.write_text(text)
     status, stdout, _ = run(capsys, cache, tmp_path / "run", "--data", path)
     assert status == 0 and "floor_nats" not in stdout and "mine.txt" in stdout
+
+
+def test_resume_after_the_text_has_changed_is_one_line(capsys, cache, tmp_path):
+    path, out = tmp_path / "mine.txt", tmp_path / "run"
+    text = "\n<|endoftext|>\n".join(story for story, _ in stories.corpus(300, seed=7))
+    path.write_text(text)
+    run(capsys, cache, out, "--data", path, "--max-steps", 10)
+    path.write_text(text.replace("e", "\0").replace("a", "e").replace("\0", "a"))
+    status, _, stderr = run(capsys, cache, out, "--data", path, "--max-steps", 10, "--resume")
+    assert status == 2 and "has changed since" in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("rows", ["stories", "blocks"])

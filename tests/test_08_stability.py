@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_08_stability.py
 """
 
+import copy
 import importlib
 import io
 import json
@@ -612,3 +613,51 @@ def test_file_runs_alone_in_an_empty_folder(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and "norm    120000, then 0.50" in done.stdout, done.stderr
+
+
+def test_auto_clip_and_z_clip_forget_a_norm_that_is_not_finite():
+    for make in (stability.AutoClip, stability.ZClip):
+        with_nan, without = make(), make()
+        for i in range(60):
+            wanted = without.max_norm(1.0 + i % 3)
+            assert with_nan.max_norm(1.0 + i % 3) == wanted
+            assert math.isfinite(with_nan.max_norm(math.nan)) and with_nan.max_norm(math.inf) > 0
+        assert with_nan.max_norm(100.0) == without.max_norm(100.0) < 100
+
+
+def test_spam_goes_on_from_its_state_dict():
+    torch.manual_seed(0)
+    one, two = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    first = stability.SPAM([one], lr=1e-2, reset_every=10, warmup=3)
+    second = stability.SPAM([two], lr=1e-2, reset_every=10, warmup=3)
+    for step in range(25):
+        one.grad = torch.randn(4)
+        two.grad = one.grad.clone()
+        if step == 12:
+            second = stability.SPAM([two], lr=1e-2, reset_every=10, warmup=3)
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+        first.step()
+        second.step()
+        assert torch.equal(one, two), step
+
+
+def test_watch_leaves_no_state_for_parameters_of_nobody():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.AdamW(model[1].parameters())
+    with stability.watch(model, optimizer) as report:
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    optimizer.state_dict()
+    assert "1.weight" in report["adam_floor"] and "0.weight" not in report["adam_floor"]
+
+
+def test_wrong_use_is_an_error():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm"):
+            stability.clip_grad_norm_([p], wrong)
+    scaler, optimizer = stability.LossScaler(), torch.optim.SGD([p], lr=0.1)
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="unscaled already"):
+        scaler.unscale_(optimizer)
