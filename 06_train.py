@@ -156,7 +156,8 @@ class Config:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
             value = getattr(self, name)
-            check(0 <= value < 2**63, name, value, "at least 0, and finite")
+            most = 2**63 if name == "seed" else math.inf  # torch's generator takes no larger seed
+            check(0 <= value < most, name, value, f"at least 0 and below {most}")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         for name in ("beta1", "beta2"):

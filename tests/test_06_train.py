@@ -307,7 +307,8 @@ def test_branch_in_the_middle_of_its_cooldown_is_refused(capsys, cache, tmp_path
 def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
     trunk, out = tmp_path / "trunk", tmp_path / "out"
     run(capsys, cache, trunk, "--max-steps", 24, "--schedule", "constant")
-    argv = ["--branch", trunk, "--out", out, "--max-steps", 30, "--schedule", "wsd"]
+    decay = ["--schedule", "wsd", "--cooldown", 6]
+    argv = ["--branch", trunk, "--out", out, "--max-steps", 30, *decay]
     assert train.main([str(x) for x in argv]) == 0
     assert train.stored_config(out)["seq_len"] == 64
     assert train.main([str(x) for x in argv] + ["--resume"]) == 0
@@ -386,10 +387,10 @@ def test_train_on_a_file(capsys, cache, tmp_path):
 
 def test_resume_after_the_text_has_changed_is_one_line(capsys, cache, tmp_path):
     path, out = tmp_path / "mine.txt", tmp_path / "run"
-    text = "\n<|endoftext|>\n".join(story for story, _ in stories.corpus(300, seed=7))
-    path.write_text(text)
+    texts = [story for story, _ in stories.corpus(300, seed=7)]
+    path.write_text("\n<|endoftext|>\n".join(texts))
     run(capsys, cache, out, "--data", path, "--max-steps", 10)
-    path.write_text(text.replace("e", "\0").replace("a", "e").replace("\0", "a"))
+    path.write_text("\n<|endoftext|>\n".join(text.swapcase() for text in texts))
     status, _, stderr = run(capsys, cache, out, "--data", path, "--max-steps", 10, "--resume")
     assert status == 2 and "has changed since" in stderr and stderr.count("\n") == 1
 
@@ -416,6 +417,8 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--batch-size", 3, "--accumulate", 2], "a multiple of accumulate=2"),
         (["--warmup-steps", 41], "at most max_steps=40"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--learning-rate", "inf"], "below inf"),
+        (["--seed", 10**30], "below 9223372036854775808"),
         (["--beta2", 1], "--beta2 1"),
         (["--temperature", -1], "--temperature -1"),
         (["--model", "9b"], "one of 27m, 8m, 0.5m"),
