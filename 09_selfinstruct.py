@@ -1,0 +1,2007 @@
+"""Synthetic data: a model writes tasks and answers, filters judge them, and a model learns.
+
+The loop of Self-Instruct and all that came after it. A pool begins with tasks written by people.
+
+    propose    show the model a few of the pool, have it write more of the kind
+    filter     out goes what no text model can do, what is broken, and what is too much like the
+               pool: ROUGE-L F1 = 2 P R / (P + R) > 0.7, P = LCS / words of the one, R of the other
+    answer     have it write input and output for each; for classifications the label first
+    train      on the answers only: loss = -1/|A| sum over t in A of ln p(x_t | x_<t)
+
+Alpaca asks for task, input and output in one; Evol-Instruct makes tasks harder by six operations
+and eliminates what failed. Around them: augmentation, near duplicates, decontamination, diversity,
+formats, distillation (a teacher's texts, or its soft targets), a copula for what prompts ask for.
+
+Every item goes through a ledger, with its parents, operator, prompt, seed, verdict and reason; a
+killed run goes on from it and ends with the same data. "Model" is any callable
+complete(prompts, **sampling) -> texts: a checkpoint of 06, an OpenAI-compatible server, your own.
+
+Letters: B rows, T or S positions, V vocabulary, n words or texts, d attributes.
+
+Sources: Self-Instruct: Wang et al. 2022 (arXiv 2212.10560); Alpaca: Taori et al. 2023 (its
+generate_instruction.py); Evol-Instruct: Xu et al. 2023 (2304.12244); learning from one's own
+answers that were checked: STaR, Zelikman et al. 2022 (2203.14465); ROUGE-L: Lin 2004; LCS by bits:
+Hyyro 2004; MinHash: Broder 1997; EDA: Wei & Zou 2019 (1901.11196); AEDA: Karimi et al. 2021
+(2108.13230); logit distillation: Hinton et al. 2015 (1503.02531).
+
+    python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME --dollars 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import email.utils
+import hashlib
+import http.client
+import importlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import sys
+import threading
+import time
+import typing
+import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import bpe, stories
+
+losses = importlib.import_module("01_loss")
+mlm = importlib.import_module("02_mlm")
+gpt = importlib.import_module("03_gpt")
+adamw = importlib.import_module("04_adamw")
+schedules = importlib.import_module("05_schedules")
+training = importlib.import_module("06_train")
+stability = importlib.import_module("08_stability")
+
+IGNORE = -100  # the label of a token that is not learned: cross_entropy's ignore_index
+
+
+def digest(*parts: object) -> str:
+    """Twelve characters that name the parts, the same in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def generator(*parts: object) -> random.Random:
+    """The random numbers that belong to these parts: random() seeds by SHA-512 of a string."""
+    return random.Random(json.dumps(parts))
+
+
+# ---- 1. Back ends: complete(prompts, **sampling) -> replies, one for each prompt, in order ----
+#
+# Any callable of this form is a back end. Sampling, all optional: temperature, top_p, min_p,
+# max_tokens, presence_penalty, stop (a list of texts) and seed; prompt i is asked with seed + i.
+
+
+class BackendError(Exception):
+    """The model cannot be asked any more; what it has answered is kept."""
+
+
+class Reply(str):
+    """What a model wrote. `cut` tells that it was stopped by max_tokens, not by itself."""
+
+    cut: bool
+
+    def __new__(cls, text: str, cut: bool = False):
+        reply = super().__new__(cls, text)
+        reply.cut = cut
+        return reply
+
+
+def end_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of the stops, and whether there is one."""
+    places = [i for i in (text.find(s) for s in stop) if i >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class Checkpoint:
+    """A model of 06_train as a back end. A reply depends on the prompt, its seed, and the model.
+
+    Prompts of different lengths run in one batch: all rows start with the shortest prompt, and
+    a row whose prompt goes on takes its next token from there, not from the draw.
+    """
+
+    def __init__(self, model: gpt.GPT, vocabulary: bpe.Vocabulary, batch: int = 128):
+        self.model, self.vocabulary, self.batch = model, vocabulary, batch
+
+    @classmethod
+    def load(cls, folder: Path) -> Checkpoint:
+        """Raises: BackendError where the folder holds no run."""
+        state = training.load_checkpoint(folder) if folder.is_dir() else None
+        if state is None:
+            raise BackendError(f"{folder}: no checkpoint; make one with 06_train.py --out {folder}")
+        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+        model = training.build(training.Config(**state["config"]), vocabulary)
+        model.load_state_dict(state["model"])
+        return cls(model, vocabulary)
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **sampling) -> list[Reply]:
+        encoding = self.vocabulary.encoding()
+        ids = [[self.vocabulary.end, *encoding.encode_ordinary(prompt)] for prompt in prompts]
+        for prompt, row in zip(prompts, ids):
+            if len(row) >= self.model.config.seq_len:
+                raise BackendError(
+                    f"prompt {prompt[:40]!r}... has {len(row)} tokens; wanted fewer than "
+                    f"seq_len={self.model.config.seq_len} of the checkpoint"
+                )
+        replies: list[Reply] = [Reply("")] * len(prompts)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike together: less waiting
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            seeds = [seed + i for i in part]
+            for i, reply in zip(part, self.write([ids[i] for i in part], seeds, **sampling)):
+                replies[i] = reply
+        return replies
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        presence_penalty: float = 0.0,
+        **sampling,
+    ) -> list[Reply]:
+        model, end = self.model, self.vocabulary.end
+        lengths = [len(row) for row in prompts]
+        most = model.config.seq_len
+        limits = [min(most, n + most if max_tokens is None else n + max_tokens) for n in lengths]
+        # a row of uniform draws for each seed, so that a reply does not depend on its batch
+        draws = np.stack([np.random.default_rng(s).random(most) for s in seeds])
+        draws = torch.from_numpy(draws).float()  # (B, S)
+        ids = torch.full((len(prompts), max(limits)), end)  # (B, S)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids = ids.to(model.embedding.weight.device)
+        lengths, limits = torch.tensor([lengths, limits], device=ids.device)  # (B,), (B,)
+        rows, begin = torch.arange(len(ids), device=ids.device), int(lengths.min())
+        cache = gpt.KVCache(model.config, *ids.shape, like=model.embedding.weight)
+        said = torch.zeros(len(ids), model.config.vocab_size, device=ids.device)  # (B, V)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        new = ids[:, :begin]
+        for at in range(begin, ids.shape[1]):
+            logits = model(new, cache)[:, -1] - presence_penalty * said  # (B, V)
+            mass = gpt.next_token_probabilities(logits, **sampling).cumsum(-1)
+            drawn = torch.searchsorted(mass, draws[:, at : at + 1].to(ids.device) * mass[:, -1:])
+            free = at >= lengths  # past its prompt
+            ended |= at >= limits
+            token = torch.where(free, drawn[:, 0].clamp(max=said.shape[1] - 1), ids[:, at])
+            token[ended & free] = end
+            ended |= free & (token == end)
+            said[rows[free], token[free]] = 1
+            ids[:, at] = token
+            new = token[:, None]
+            if ended.all():
+                break
+        encoding, replies = self.vocabulary.encoding(), []
+        for row, n, limit in zip(ids.tolist(), lengths.tolist(), limits.tolist()):
+            own = row[n:limit]
+            cut = end not in own
+            text, stopped = end_at(encoding.decode(own if cut else own[: own.index(end)]), stop)
+            replies.append(Reply(text, cut and not stopped))
+        return replies
+
+
+class Journal:
+    """An append-only JSONL file. What `add` has written together is there together or not at all.
+
+    The last line of a group carries "last": true. What stands behind the last such line comes
+    from a process that was killed, and is cut off. One process at a time may write.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.entries = Path(path), []
+        whole, pending, place = 0, [], 0
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            place += len(line)
+            try:
+                entry = json.loads(line)
+                pending.append({k: v for k, v in entry.items() if k != "last"})
+            except (ValueError, AttributeError) as error:
+                if place < len(data):
+                    raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
+                break
+            if entry.get("last") and line.endswith(b"\n"):
+                self.entries += pending
+                whole, pending = place, []
+        if whole < len(data):
+            os.truncate(self.path, whole)
+
+    def add(self, entries: list[dict]) -> None:
+        lines = [json.dumps(e, ensure_ascii=False) for e in entries[:-1]]
+        lines.append(json.dumps(entries[-1] | {"last": True}, ensure_ascii=False))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries += entries
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would carry the key along to wherever a reply points."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+@dataclass
+class Limits:
+    """What may be spent in all. A request counts before it is sent at the most it can cost."""
+
+    tokens: int = 1_000_000
+    dollars: float = 5.0
+    dollars_per_million_in: float = 0.0
+    dollars_per_million_out: float = 0.0
+
+
+class Retry(Exception):
+    """A failure that may be over the next time; `wait` is what the server asked for, seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0, billed: bool = False):
+        super().__init__(reason)
+        self.wait, self.billed = wait, billed
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds to wait by a Retry-After header: a number or a date; 0 where it says nothing."""
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class Endpoint:
+    """An OpenAI-compatible /chat/completions server as a back end.
+
+    Args:
+        url: up to and without /chat/completions, such as https://api.openai.com/v1.
+        cache: a JSONL file of all answers; what stands there is never asked again.
+        limits: see `Limits`. A request whose answer is lost on the way counts in full, since it
+            may have been billed.
+        key_variable: name of the environment variable with the key. The key is read when a
+            request is sent, and is in no message and no file; to a host that is not this machine
+            it goes by https only. Redirects are not followed.
+    Up to `concurrency` requests at a time, each at most `timeout` seconds, tried `tries` times with
+    1, 2, 4 ... seconds (jittered) in between, or as long as Retry-After says.
+    Raises: BackendError after the last try, for an error that no try will mend, and over budget.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cache: str | Path,
+        limits: Limits | None = None,
+        *,
+        key_variable: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        tries: int = 6,
+        first_wait: float = 1.0,
+        longest_wait: float = 120.0,
+    ):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise BackendError(f"--endpoint {url}: wanted https://HOST/v1 or http://localhost/v1")
+        self.local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        self.limits, self.key_variable = limits or Limits(), key_variable
+        if not self.local and not os.environ.get(key_variable):
+            raise BackendError(f"no key: put it into the environment as {key_variable}")
+        if not self.local and parts.scheme != "https":
+            raise BackendError(f"--endpoint {url}: a key goes by https only")
+        self.concurrency, self.timeout, self.tries = concurrency, timeout, tries
+        self.first_wait, self.longest_wait = first_wait, longest_wait
+        self.journal = Journal(cache)
+        self.cached = {entry["key"]: entry for entry in self.journal.entries}
+        self.tokens, self.dollars = 0, 0.0  # spent or reserved
+        for entry in self.journal.entries:  # a budget holds over restarts
+            self.spend(entry["in"], entry["out"])
+        self.lock = threading.Lock()
+        handlers = [NoRedirect] + ([urllib.request.ProxyHandler({})] if self.local else [])
+        self.opener = urllib.request.build_opener(*handlers)
+
+    def spend(self, tokens_in: int, tokens_out: int) -> None:
+        self.tokens += tokens_in + tokens_out
+        self.dollars += tokens_in * self.limits.dollars_per_million_in / 1e6
+        self.dollars += tokens_out * self.limits.dollars_per_million_out / 1e6
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **sampling) -> list[Reply]:
+        sampling.setdefault("max_tokens", 1024)  # without it no bound on the cost is known
+        bodies = [
+            {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+             "seed": seed + i, **sampling}
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        stopped = threading.Event()  # one has failed for good: the others need not begin
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self.answer, body, stopped) for body in bodies]
+        errors = [future.exception() for future in futures if future.exception()]
+        if errors:
+            raise next((e for e in errors if str(e) != "not asked"), errors[0])
+        return [future.result() for future in futures]
+
+    def answer(self, body: dict, stopped: threading.Event) -> Reply:
+        """The reply to one request: from the cache, or from the server and then in the cache."""
+        key = digest(self.url, body)
+        for attempt in range(self.tries):
+            if stopped.is_set():
+                raise BackendError("not asked")
+            if key in self.cached:
+                return Reply(self.cached[key]["text"], self.cached[key]["cut"])
+            try:
+                most = self.reserve(body)
+                try:
+                    entry = self.ask(body)
+                except Retry as error:
+                    if not error.billed:
+                        self.release(most)
+                    raise
+                with self.lock:
+                    self.spend(entry["in"] - most[0], entry["out"] - most[1])
+                    self.journal.add([{"key": key, **entry}])
+                    self.cached[key] = entry
+                return Reply(entry["text"], entry["cut"])
+            except Retry as error:
+                wait = self.first_wait * 2**attempt * random.uniform(0.5, 1.5)
+                wait = max(error.wait, min(wait, self.longest_wait))
+                if attempt + 1 == self.tries or wait > self.longest_wait:
+                    stopped.set()
+                    about = f"; it asks to wait {wait:.0f} s" if wait > self.longest_wait else ""
+                    raise BackendError(
+                        f"{self.url}: {error}, after {attempt + 1} tries{about}"
+                    ) from None
+                stopped.wait(wait)
+            except BackendError:
+                stopped.set()
+                raise
+        raise AssertionError("the last try returns or raises")
+
+    def reserve(self, body: dict) -> tuple[int, int]:
+        """Counts the most that a request can cost: a token has at least one byte."""
+        most = 16 + len(body["messages"][0]["content"].encode()), body["max_tokens"]
+        with self.lock:
+            before = self.tokens, self.dollars
+            self.spend(*most)
+            for name, spent, limit in (
+                ("tokens", self.tokens, self.limits.tokens),
+                ("dollars", self.dollars, self.limits.dollars),
+            ):
+                if spent > limit:
+                    self.tokens, self.dollars = before
+                    raise BackendError(
+                        f"over budget: with the next request {name} may reach {spent:.4g}, above "
+                        f"--{name} {limit:.4g}; raise it to go on, the answers so far are kept"
+                    )
+        return most
+
+    def release(self, most: tuple[int, int]) -> None:
+        with self.lock:
+            self.spend(-most[0], -most[1])
+
+    def ask(self, body: dict) -> dict:
+        """One request. Raises: Retry, BackendError."""
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(self.key_variable):
+            headers["Authorization"] = "Bearer " + os.environ[self.key_variable]
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        deadline = time.monotonic() + self.timeout
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                data = b""
+                while piece := response.read1(1 << 16):  # `timeout` alone bounds each wait only
+                    data += piece
+                    if time.monotonic() > deadline or len(data) > 1 << 24:
+                        raise Retry("the answer is too slow or too long", billed=True)
+                if response.length:
+                    raise Retry("the answer broke off", billed=True)
+        except urllib.error.HTTPError as error:
+            reason = self.hide(f"status {error.code}: {error.read(200).decode(errors='replace')!r}")
+            if error.code in (408, 429) or error.code >= 500:
+                wait = retry_after(error.headers.get("Retry-After"))
+                raise Retry(reason, wait, billed=error.code == 504) from None
+            raise BackendError(f"{self.url}: {reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            sent = not isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+            reason = getattr(error, "reason", None) or error or type(error).__name__
+            raise Retry(f"unreachable: {reason}", billed=sent) from None
+        return self.read(data)
+
+    def hide(self, text: str) -> str:
+        """Servers repeat keys that they refuse."""
+        return text.replace(os.environ.get(self.key_variable) or "\0", "[key]")
+
+    def read(self, data: bytes) -> dict:
+        """What a body says, its types checked."""
+        try:
+            reply = json.loads(data)
+            choice, usage = reply["choices"][0], reply["usage"]
+            entry = {
+                "text": choice["message"]["content"],
+                "cut": choice["finish_reason"] == "length",
+                "in": usage["prompt_tokens"],
+                "out": usage["completion_tokens"],
+            }
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise Retry(f"not a chat completion: {error!r}", billed=True) from None
+        good = isinstance(entry["text"], str)
+        if not good or any(type(entry[k]) is not int or entry[k] < 0 for k in ("in", "out")):
+            raise Retry("not a chat completion: content or usage of a wrong type", billed=True)
+        return entry
+
+
+# ---- 2. Likeness: ROUGE-L, an exact novelty gate, MinHash for pools too large for it ----
+
+ALONE = re.compile(  # scripts written without spaces: each character is a word
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; on ASCII those of rouge_score without stemming.
+
+    Beyond ASCII a word is a stretch of letters, marks and digits; characters of Chinese, Japanese,
+    Thai, Lao, Khmer and Burmese are words by themselves.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+        text = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text)
+        return ALONE.sub(lambda c: f" {c[0]} ", text).split()
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def places(a: Sequence[str]) -> dict[str, int]:
+    """For each word of a the bits at which it stands."""
+    found: dict[str, int] = {}
+    for i, word in enumerate(a):
+        found[word] = found.get(word, 0) | 1 << i
+    return found
+
+
+def common(found: dict[str, int], size: int, b: Sequence[str]) -> int:
+    """Length of the longest common subsequence of b and the text of `size` words in `found`.
+
+    Bit i of v is 0 where row i of the usual table goes up by one. A word of b changes the whole
+    column in three operations on one big integer (Hyyro 2004).
+    """
+    full = v = (1 << size) - 1
+    for word in b:
+        if u := v & found.get(word, 0):
+            v = (v + u | v - u) & full
+    return size - v.bit_count()
+
+
+def f1(lcs: int, a: int, b: int) -> float:
+    """The F-measure of ROUGE-L, by the operations of rouge_score: equal to the last bit."""
+    if not lcs:
+        return 0.0
+    precision, recall = lcs / b, lcs / a
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge_l(reference: str, text: str) -> float:
+    """ROUGE-L F1 of two texts, in [0, 1]."""
+    a, b = words(reference), words(text)
+    return f1(common(places(a), len(a), b), len(a), len(b))
+
+
+class NoveltyGate:
+    """A pool of texts that knows the nearest of them to a new one, exactly.
+
+    A common subsequence is at most as long as the multiset of common words is large. An index from
+    (word, how manieth) to texts counts those for the whole pool at once, and only texts whose
+    bound is above what is sought are compared.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self.pool: list[list[str]] = []
+        self.index: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
+        self.exact: dict[str, int] = {}
+        self.compared = 0
+        for text in texts:
+            self.add(text)
+
+    @staticmethod
+    def numbered(text: list[str]) -> list[tuple[str, int]]:
+        seen: collections.Counter = collections.Counter()
+        result = []
+        for word in text:
+            seen[word] += 1
+            result.append((word, seen[word]))
+        return result
+
+    def add(self, text: str) -> None:
+        self.exact.setdefault(text, len(self.pool))
+        a = words(text)
+        for key in self.numbered(a):
+            self.index[key].append(len(self.pool))
+        self.pool.append(a)
+
+    def nearest(self, text: str, count: int = 1, above: float = 0.0) -> list[tuple[float, int]]:
+        """The (score, place in the pool) of the `count` most alike, best first, of score > above.
+
+        Of equal scores the earlier place comes first.
+        """
+        b = words(text)
+        shared = collections.Counter(i for key in self.numbered(b) for i in self.index.get(key, ()))
+        bounds = sorted((-f1(n, len(self.pool[i]), len(b)), i) for i, n in shared.items())
+        best: list[tuple[float, int]] = []
+        found, size = places(b), len(b)
+        for bound, i in bounds:
+            least = -best[-1][0] if len(best) == count else above
+            if -bound < least or -bound <= above:
+                break
+            self.compared += 1
+            a = self.pool[i]
+            score = f1(common(found, size, a), len(a), size)
+            if score > above:
+                best = sorted([*best, (-score, i)])[:count]
+        return [(-score, i) for score, i in best]
+
+
+def hash64(x: np.ndarray) -> np.ndarray:
+    """64 bits scattered to 64 others, as the last step of SplitMix64 does (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class MinHash:
+    """Near duplicates in a large pool: P(two signatures agree at a place) = Jaccard similarity.
+
+    With b bands of r places, a pair of similarity s meets in at least one band with probability
+    1 - (1 - s^r)^b: 16 x 8 turns from 10% to 90% between 0.54 and 0.81.
+    """
+
+    def __init__(self, bands: int = 16, rows: int = 8, shingle: int = 3, seed: int = 0):
+        self.bands, self.rows, self.shingle = bands, rows, shingle
+        with np.errstate(over="ignore"):
+            self.keys = hash64(np.arange(1, bands * rows + 1, dtype=np.uint64) + np.uint64(seed))
+        self.tables: list[dict[bytes, list[int]]] = [{} for _ in range(bands)]
+        self.signatures: list[np.ndarray] = []
+
+    def shingles(self, text: str) -> set[str]:
+        w, n = words(text), self.shingle
+        return {" ".join(w[i : i + n]) for i in range(max(1, len(w) - n + 1))}
+
+    def signature(self, text: str) -> np.ndarray:
+        """(bands * rows,) uint64: for each key the least hash of the text's shingles."""
+        raw = b"".join(
+            hashlib.blake2b(s.encode(), digest_size=8).digest() for s in sorted(self.shingles(text))
+        )
+        x = np.frombuffer(raw, dtype="<u8")
+        with np.errstate(over="ignore"):
+            return hash64(x[:, None] ^ self.keys).min(0)
+
+    def add(self, text: str) -> list[int]:
+        """Takes the text in; returns the places of the earlier ones that share a band with it."""
+        signature, met = self.signature(text), set()
+        for table, band in zip(self.tables, signature.reshape(self.bands, self.rows)):
+            same = table.setdefault(band.tobytes(), [])
+            met.update(same)
+            same.append(len(self.signatures))
+        self.signatures.append(signature)
+        return sorted(met)
+
+    def similarity(self, i: int, j: int) -> float:
+        """The estimate of the Jaccard similarity; its standard error is sqrt(s (1 - s) / k)."""
+        return float((self.signatures[i] == self.signatures[j]).mean())
+
+
+def without_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
+    """Places of the texts to keep: the first of each group of likeness >= threshold stays."""
+    hashes, kept = MinHash(), []
+    for i, text in enumerate(texts):
+        near = (j for j in hashes.add(text) if hashes.similarity(i, j) >= threshold)
+        if not set(near) & set(kept):
+            kept.append(i)
+    return kept
+
+
+# ---- 3. Quality and diversity ----
+
+TERMS = """image images graph graphs picture pictures file files map maps draw plot video audio
+music flowchart diagram""".split()  # what a text model can neither see nor make
+TERM = re.compile(rf"\b({'|'.join(map(re.escape, [*TERMS, 'go to']))})\b", re.IGNORECASE)
+STOP_WORDS = set(
+    """a about all an and any are as at be been but by can could did do does each for from had has
+    have he her his how i if in into is it its may more most my no not of on one only or other our
+    out she should so some such than that the their them then there these they this those to up us
+    was we were what when where which who will with would you your""".split()
+)
+LEAKS = ("given prompt", "rewritten prompt", "created prompt", "new prompt")
+
+
+def instruction_fault(text: str, least: int = 4, most: int = 150) -> str | None:
+    """Why an instruction is not to be used; None for a good one."""
+    count = len(words(text))
+    if count < least:
+        return "too short"
+    if count > most:
+        return "too long"
+    if term := TERM.search(text):
+        return f"asks for what text cannot do: {term[0].lower()}"
+    if re.match(r"write a program\b", text, re.IGNORECASE):
+        return "write a program"  # Self-Instruct: unclear whether code or its output is wanted
+    if unicodedata.category(text[0])[0] not in "LN":
+        return "does not begin with a letter or a digit"
+    return None
+
+
+def instance_fault(input: str, output: str) -> str | None:
+    """Why an instance is not to be used; None for a good one."""
+    if not output.strip():
+        return "empty output"
+    if input.strip() == output.strip():
+        return "output repeats the input"
+    if output.rstrip().endswith(":") or input.rstrip().endswith(":"):
+        return "ends in a colon"
+    return None
+
+
+# share of a text's characters that may lie in repeated pieces: Gopher (Rae et al. 2021), table A1
+REPETITION = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def repetition_fault(text: str) -> str | None:
+    """Why a text repeats itself too much; None if it does not. n <= 4: the commonest n-gram."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and len(set(lines)) < 0.7 * len(lines):
+        return "repeated lines"
+    w = words(text)
+    total = sum(map(len, w))
+    for n, limit in REPETITION.items():
+        counts = collections.Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1))
+        if n <= 4:
+            gram, times = max(counts.items(), key=lambda x: x[1] * sum(map(len, x[0])),
+                              default=((), 0))  # fmt: skip
+            inside = times * sum(map(len, gram)) if times > 1 else 0
+        else:
+            covered = set()
+            for i in range(len(w) - n + 1):
+                if counts[tuple(w[i : i + n])] > 1:
+                    covered.update(range(i, i + n))
+            inside = sum(len(w[i]) for i in covered)
+        if inside > limit * total:
+            return f"repeated {n}-grams"
+    return None
+
+
+class Decontaminator:
+    """Tells which texts share a run of n words with a text of the test set (n = 13: GPT-3).
+
+    A test text of fewer than n words is looked for as a whole.
+    """
+
+    def __init__(self, tests: Iterable[str], n: int = 13):
+        self.sizes: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
+        for text in tests:
+            w = words(text)
+            size = min(n, len(w))
+            for i in range(len(w) - size + 1 if size else 0):
+                self.sizes[size].add(tuple(w[i : i + size]))
+
+    def fault(self, text: str) -> str | None:
+        w = words(text)
+        for size, grams in self.sizes.items():
+            for i in range(len(w) - size + 1):
+                if tuple(w[i : i + size]) in grams:
+                    return f"in the test set: {' '.join(w[i : i + size])}"
+        return None
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Different n-grams over all n-grams (Li et al. 2016): comparable at equal numbers of words."""
+    grams = [tuple(w[i : i + n]) for w in map(words, texts) for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str], n: int = 4, most: int = 200) -> float:
+    """Mean BLEU-n of each of the first `most` texts against the others (Zhu et al. 2018).
+
+    A count of 0 becomes epsilon 0.1, as in nltk's smoothing method 1. High means alike.
+    """
+    texts = [words(text) for text in texts[:most]]
+    if len(texts) < 2:
+        return 0.0
+    logs = np.zeros(len(texts))
+    for size in range(1, n + 1):
+        counts = [
+            collections.Counter(tuple(w[i : i + size]) for i in range(len(w) - size + 1))
+            for w in texts
+        ]
+        top: dict[tuple, list[int]] = {}  # of each n-gram the two highest counts in any text
+        for count in counts:
+            for gram, times in count.items():
+                top[gram] = sorted([*top.get(gram, [0, 0]), times])[-2:]
+        for i, count in enumerate(counts):
+            total = max(1, count.total())
+            hits = 0
+            for gram, times in count.items():
+                second, first = top[gram]
+                others = second if times == first else first  # equal: another has it, or `second`
+                hits += min(times, others)
+            logs[i] += math.log(max(hits, 0.1) / total) / n
+    lengths = np.array([len(w) for w in texts])
+    for i, size in enumerate(lengths):
+        others = np.delete(lengths, i)
+        near = min(others, key=lambda x: (abs(x - size), x))
+        logs[i] += min(0.0, 1 - near / size) if size else -math.inf
+    return float(np.exp(logs).mean())
+
+
+def verb_nouns(instructions: Iterable[str]) -> collections.Counter:
+    """How often a first word goes with the first later word that is no stop word.
+
+    In imperatives these are mostly the verb and its object; no parser looks closer.
+    """
+    pairs: collections.Counter = collections.Counter()
+    for text in instructions:
+        w = words(text)
+        nouns = [word for word in w[1:] if word not in STOP_WORDS and len(word) > 2]
+        if nouns:
+            pairs[w[0], nouns[0]] += 1
+    return pairs
+
+
+def vendi_score(texts: Sequence[str], most: int = 500) -> float:
+    """How many quite different texts the first `most` are worth: exp of the entropy of the
+    eigenvalues of K/n, with K the cosine similarities of word counts (Friedman & Dieng 2022).
+
+    n equal texts give 1, n texts without a common word n.
+    """
+    counts = [collections.Counter(words(text)) for text in texts[:most]]
+    number = {word: i for i, word in enumerate(sorted({w for c in counts for w in c}))}
+    x = np.zeros((len(counts), len(number)))  # (n, V)
+    for row, count in zip(x, counts):
+        for word, times in count.items():
+            row[number[word]] = times
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    values = np.linalg.eigvalsh(x @ x.T / max(1, len(x)))
+    values = values[values > 1e-12]
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
+# ---- 4. The ledger, and Self-Instruct: tasks that a model invents from a few of ours ----
+
+
+class Ledger:
+    """Every item that a run has made, with its verdict: a file that a killed run goes on from.
+
+    A run is a loop of steps, each of which depends on the seed and the results of earlier ones
+    only. `step` looks a result up before it has it computed, so a resumed run repeats the loop
+    at no cost up to where it was killed, and ends with the same data.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.journal = Journal(path)
+        self.steps: dict[str, list[dict]] = collections.defaultdict(list)
+        for entry in self.journal.entries:
+            self.steps[entry["step"]].append(entry)
+        old = {k: v for k, v in self.steps.get("settings", [{}])[0].items() if k != "step"}
+        if not old:
+            self.journal.add([{"step": "settings", **settings}])
+        elif old != json.loads(json.dumps(settings)):
+            names = [k for k in settings | old if old.get(k) != settings.get(k)]
+            raise ValueError(f"{path} has a run with another {', '.join(names)}; use another --out")
+
+    def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
+        if name not in self.steps:
+            entries = [{"step": name, **item} for item in work()] or [{"step": name}]
+            entries = json.loads(json.dumps(entries))  # as they will be read: no tuples
+            self.journal.add(entries)
+            self.steps[name] = entries
+        return [entry for entry in self.steps[name] if "verdict" in entry]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who makes items: the model asked, its name for the ledger, the seed, the ledger."""
+
+    complete: Callable[..., list[str]]
+    model: str
+    seed: int
+    ledger: Ledger
+
+    def ask(self, prompts: Sequence[str], *about: object, **sampling) -> list[Reply]:
+        """The replies; their seed is a function of the run's and of what it is about."""
+        if not prompts:
+            return []
+        replies = self.complete(prompts, seed=self.seed_of(*about), **sampling)
+        if len(replies) != len(prompts) or not all(isinstance(r, str) for r in replies):
+            raise BackendError(f"{self.model}: wanted {len(prompts)} texts, one for each prompt")
+        return [r if isinstance(r, Reply) else Reply(r) for r in replies]
+
+    def seed_of(self, *about: object) -> int:
+        return int(digest(self.seed, *about)[:7], 16)  # 28 bits: every server takes them
+
+    def item(self, operator: str, parents: list[dict], prompt: str, fault: str | None,
+             seed: int, **content) -> dict:  # fmt: skip
+        """An entry of the ledger: where an item comes from, what it says, whether it is used.
+
+        Its ancestor is the seed task of the parent that comes first.
+        """
+        names = [parent["id"] for parent in parents]
+        return {
+            "id": digest(operator, names, seed, content),
+            "operator": operator,
+            "parents": names,
+            "ancestor": parents[0].get("ancestor", parents[0]["id"]) if parents else "",
+            "prompt": digest(prompt),
+            "seed": seed,
+            "model": self.model,
+            "verdict": "rejected" if fault else "accepted",
+            "reason": fault or "",
+            **content,
+        }
+
+
+def accepted(items: Iterable[dict]) -> list[dict]:
+    return [item for item in items if item["verdict"] == "accepted"]
+
+
+def load_seeds(path: str | Path) -> list[dict]:
+    """Seed tasks: one JSON object a line with id, instruction, input, output, classification.
+
+    Raises: ValueError that names the line.
+    """
+    seeds, wanted = [], {"id": str, "instruction": str, "input": str, "output": str,
+                         "classification": bool}  # fmt: skip
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                task = json.loads(line)
+                wrong = [k for k, kind in wanted.items() if not isinstance(task.get(k), kind)]
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
+            if wrong:
+                raise ValueError(
+                    f"{path}, line {number}: {wrong[0]} is {task.get(wrong[0])!r}, "
+                    f"wanted {wanted[wrong[0]].__name__}"
+                )
+            seeds.append(task)
+    if len({task["id"] for task in seeds}) < len(seeds):
+        raise ValueError(f"{path}: two tasks have the same id")
+    return seeds
+
+
+@dataclass(frozen=True)
+class SelfInstruct:
+    """The constants of Self-Instruct (Wang et al. 2022, and its released code)."""
+
+    shots: int = 8  # tasks shown in a prompt for instructions,
+    machine_shots: int = 2  # of them at most so many made by the model
+    prompts_per_request: int = 5
+    last_number: int = 16  # the reply is stopped where this number would begin
+    temperature: float = 0.7
+    top_p: float = 0.5
+    presence_penalty: float = 2.0
+    instruction_tokens: int = 1024
+    novelty: float = 0.7  # ROUGE-L F1 to any task so far must not be above
+    neighbours: int = 10  # nearest tasks kept with an item
+    yes_shots: int = 12  # of the question whether a task is a classification
+    no_shots: int = 19
+    verdict_tokens: int = 3
+    instance_tokens: int = 350
+    label_tokens: int = 300  # of instances that begin with the label
+    instance_presence_penalty: float = 1.5
+    instances: int = 5  # at most, of one task
+    batch: int = 32  # tasks for which instances are asked at a time
+    most_requests: int = 1000  # for instructions: then the model has no new ideas
+
+
+def instruction_prompt(shots: list[dict]) -> str:
+    lines = [f"{i}. {' '.join(t['instruction'].split())}" for i, t in enumerate(shots, 1)]
+    return "Here is a list of varied tasks, and it goes on:\n\n" + "\n".join(
+        [*lines, f"{len(shots) + 1}."]
+    )
+
+
+def read_instructions(reply: Reply) -> list[dict]:
+    """The tasks of a numbered list that begins in the middle of a line."""
+    texts = re.split(r"\n\s*\d+\s?[.)]\s*", "\n0. " + reply)[1:]
+    return [{"instruction": " ".join(text.split())} for text in texts if text.strip()]
+
+
+def nearest_first(parents: list[dict], text: str) -> list[dict]:
+    """The parents, that whose instruction is most like the text in front: see `Maker.item`."""
+    return sorted(parents, key=lambda p: -rouge_l(p["instruction"], text))
+
+
+def propose(
+    maker: Maker,
+    seeds: list[dict],
+    wanted: int,
+    settings: SelfInstruct | Alpaca,
+    prompt_of: Callable[[list[dict]], str],
+    read: Callable[[Reply], list[dict]],
+    **sampling,
+) -> list[dict]:
+    """New tasks from prompts that show some, until `wanted` are accepted: steps 1 and 2.
+
+    Each is filtered, then compared with all seeds and with all that were accepted before it.
+    """
+    operator = type(settings).__name__
+    made: dict[str, dict] = {}  # the accepted, by id
+    gate, known = NoveltyGate(task["instruction"] for task in seeds), list(seeds)
+
+    def take(item: dict) -> None:
+        if item["id"] not in made:
+            made[item["id"]] = item
+            known.append(item)
+            gate.add(item["instruction"])
+
+    def show(number: int, i: int) -> list[dict]:
+        rng, own = generator(maker.seed, operator, number, i), list(made.values())
+        shots = rng.sample(own, min(settings.machine_shots, len(own)))
+        shots += rng.sample(seeds, min(settings.shots - len(shots), len(seeds)))
+        rng.shuffle(shots)
+        return shots
+
+    def judge(task: dict) -> tuple[str | None, list]:
+        """The fault of a task, if it has one, and its nearest tasks so far."""
+        text = task["instruction"]
+        fault = task.pop("fault", None) or instruction_fault(text) or repetition_fault(text)
+        if not fault and "output" in task:
+            fault = instance_fault(task["input"], task["output"])
+        near = [] if fault else gate.nearest(text, settings.neighbours)
+        if near and near[0][0] > settings.novelty:
+            fault = "too much like another task"
+        return fault, [[known[place]["id"], round(score, 4)] for score, place in near]
+
+    def work(number: int) -> list[dict]:
+        shown = [show(number, i) for i in range(settings.prompts_per_request)]
+        prompts = [prompt_of(shots) for shots in shown]
+        items, seed = [], maker.seed_of(operator, number)
+        replies = maker.ask(prompts, operator, number, **sampling)
+        for i, (shots, prompt, reply) in enumerate(zip(shown, prompts, replies)):
+            tasks = read(reply)
+            if not tasks:
+                items.append(maker.item(operator, shots, prompt, "no task in the reply", seed + i))
+            for task in tasks:
+                fault, near = judge(task)
+                likeness = [rouge_l(shot["instruction"], task["instruction"]) for shot in shots]
+                parents = [shots[j] for j in np.argsort(likeness, kind="stable")[::-1]]
+                item = maker.item(operator, parents, prompt, fault, seed + i, **task, near=near)
+                items.append(item)
+                if not fault:
+                    take(item)  # at once: the next task of this reply is compared with it
+        return items
+
+    for number in range(settings.most_requests):
+        if len(made) >= wanted:
+            break
+        for item in accepted(maker.ledger.step(f"{operator} {number}", partial(work, number))):
+            take(item)
+    return list(made.values())
+
+
+def question_prompt(seeds: list[dict], settings: SelfInstruct, instruction: str) -> str:
+    """Asks whether a task has few possible answers, after 12 that have and 19 that have not."""
+    yes = [t for t in seeds if t["classification"]][: settings.yes_shots]
+    no = [t for t in seeds if not t["classification"]][: settings.no_shots]
+    shots = [(t, "Yes") for t in yes] + [(t, "No") for t in no]
+    generator("question").shuffle(shots)
+    text = "Does the task have a small set of possible answers to choose from?\n\n"
+    for task, answer in shots:
+        text += f"Task: {task['instruction']}\nAnswer: {answer}\n\n"
+    return text + f"Task: {instruction}\nAnswer:"
+
+
+NO_INPUT = "none"
+
+
+def instance_prompt(seeds: list[dict], instruction: str, classification: bool) -> str:
+    """Asks for instances: the label first where there are labels, or one would get few of them."""
+    shots = [t for t in seeds if t["classification"] == classification and t["input"]][:6]
+    shots += [t for t in seeds if not classification and not t["classification"]
+              and not t["input"]][:2]  # fmt: skip
+    what = "answer, with an input that it is right for" if classification else "input, its output"
+    text = f"Instances of tasks: for each {what}. \"{NO_INPUT}\" where no input is needed.\n\n"
+    for task in shots:
+        first, second = ("Input", task["input"] or NO_INPUT), ("Output", task["output"])
+        if classification:
+            first, second = second, first
+        text += f"Task: {task['instruction']}\n"
+        text += f"{first[0]}: {first[1]}\n{second[0]}: {second[1]}\n\n"
+    return text + f"Task: {instruction}\n"
+
+
+def read_instances(reply: Reply, classification: bool) -> list[tuple[str, str]]:
+    """The (input, output) pairs of a reply; of one that was cut, without the last."""
+    one, two = ("Output", "Input") if classification else ("Input", "Output")
+    blocks = re.split(rf"^{one}:", str(reply), flags=re.MULTILINE)[1:]
+    pairs = []
+    for block in blocks[: -1 if reply.cut else None]:
+        first, found, second = block.partition(f"\n{two}:")
+        if found:
+            pair = (first.strip(), second.split("\nTask:")[0].strip())
+            pairs.append(pair[::-1] if classification else pair)
+    return [("" if a.lower().strip(" .") == NO_INPUT else a, b) for a, b in pairs]
+
+
+def judge_instances(pairs: list[tuple[str, str]], most: int) -> list[str | None]:
+    """The fault of each instance of one task, None for those to be used."""
+    outputs = collections.defaultdict(set)
+    for input, output in pairs:
+        outputs[input].add(output)
+    if any(len(found) > 1 for found in outputs.values()):
+        return ["one input, two outputs"] * len(pairs)  # the task is not understood: drop all
+    faults: list[str | None] = []
+    for i, (input, output) in enumerate(pairs):
+        fault = instance_fault(input, output)
+        if (input, output) in pairs[:i]:
+            fault = "exact duplicate"
+        elif not fault and faults.count(None) == most:
+            fault = "more than enough"
+        faults.append(fault)
+    return faults
+
+
+def self_instruct(
+    maker: Maker, seeds: list[dict], wanted: int, settings: SelfInstruct | None = None
+) -> list[dict]:
+    """Instruction data by the six steps; the accepted instances, with their instruction.
+
+    1 propose, 2 filter (both: `propose`), 3 classification or not, 4 instances, 5 filter; step 6,
+    the texts to train on, is `training_text`.
+    """
+    s = settings or SelfInstruct()
+    tasks = propose(
+        maker, seeds, wanted, s, instruction_prompt, read_instructions,
+        temperature=s.temperature, top_p=s.top_p, presence_penalty=s.presence_penalty,
+        max_tokens=s.instruction_tokens, stop=[f"\n{s.last_number}", "\n\n"],
+    )  # fmt: skip
+
+    def work(number: int, batch: list[dict]) -> list[dict]:
+        name, items = f"instances {number}", []
+        questions = [question_prompt(seeds, s, task["instruction"]) for task in batch]
+        limits = {"temperature": 0.0, "max_tokens": s.verdict_tokens, "stop": ["\n"]}
+        answers = maker.ask(questions, name, "question", **limits)
+        labels = [answer.strip().lower().startswith("yes") for answer in answers]
+        for kind in (True, False):
+            some = [task for task, label in zip(batch, labels) if label == kind]
+            prompts = [instance_prompt(seeds, task["instruction"], kind) for task in some]
+            replies = maker.ask(
+                prompts, name, kind, temperature=0.0, stop=["\n\nTask:"],
+                max_tokens=s.label_tokens if kind else s.instance_tokens,
+                presence_penalty=s.instance_presence_penalty,
+            )  # fmt: skip
+            seed = maker.seed_of(name, kind)
+            for i, (task, prompt, reply) in enumerate(zip(some, prompts, replies)):
+                pairs = read_instances(reply, kind)
+                content = {"instruction": task["instruction"], "classification": kind}
+                for (input, output), fault in zip(pairs, judge_instances(pairs, s.instances)):
+                    full = {**content, "input": input, "output": output}
+                    items.append(maker.item("instance", [task], prompt, fault, seed + i, **full))
+                if not pairs:
+                    fault = "no instance in the reply"
+                    items.append(maker.item("instance", [task], prompt, fault, seed + i, **content))
+        return items
+
+    items = []
+    for number, first in enumerate(range(0, len(tasks), s.batch)):
+        batch = tasks[first : first + s.batch]
+        items += maker.ledger.step(f"instances {number}", partial(work, number, batch))
+    return accepted(items)
+
+
+# ---- 5. Alpaca: whole tasks, many in one reply. Evol-Instruct: harder tasks from tasks ----
+
+
+@dataclass(frozen=True)
+class Alpaca:
+    """The constants of Stanford Alpaca (Taori et al. 2023, generate_instruction.py)."""
+
+    shots: int = 3
+    machine_shots: int = 0
+    prompts_per_request: int = 5
+    last_number: int = 20  # tasks in a reply, the shown ones among them
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 3072
+    novelty: float = 0.7
+    neighbours: int = 10
+    most_requests: int = 1000
+
+
+FIELDS = ("Instruction", "Input", "Output")
+
+
+def alpaca_prompt(shots: list[dict], last: int = Alpaca.last_number) -> str:
+    text = (
+        f"A list of {last} different tasks for an assistant that reads and writes text. Each has "
+        f"an instruction, an input (\"{NO_INPUT}\" where none is needed) and the best output.\n\n"
+    )
+    for i, task in enumerate(shots, 1):
+        values = (task["instruction"], task["input"] or NO_INPUT, task["output"])
+        text += "".join(f"{i}. {name}: {value}\n" for name, value in zip(FIELDS, values)) + "###\n"
+    return text + f"{len(shots) + 1}. Instruction:"
+
+
+def read_tasks(reply: Reply) -> list[dict]:
+    """The tasks of a reply that goes on after "N. Instruction:"; of one cut short, not the last."""
+    blocks = ("Instruction:" + reply).split("###")
+    tasks = []
+    for block in blocks[: -1 if reply.cut else None]:
+        parts = re.split(r"^\s*(?:\d+\.)?\s*(Instruction|Input|Output):", block, flags=re.M)
+        names, values = parts[1::2], [value.strip() for value in parts[2::2]]
+        if names == list(FIELDS):
+            instruction, input, output = values
+            input = "" if input.lower().strip(" .") == NO_INPUT else input
+            tasks.append({"instruction": " ".join(instruction.split()), "input": input,
+                          "output": output})  # fmt: skip
+        elif block.strip():
+            tasks.append({"instruction": " ".join(block.split()), "fault": "fields missing"})
+    return tasks
+
+
+def alpaca(
+    maker: Maker, seeds: list[dict], wanted: int, settings: Alpaca | None = None
+) -> list[dict]:
+    """`wanted` accepted tasks with input and output, one instance each."""
+    s = settings or Alpaca()
+    return propose(
+        maker, seeds, wanted, s, lambda shots: alpaca_prompt(shots, s.last_number), read_tasks,
+        temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens,
+        stop=[f"\n{s.last_number + 1}."],
+    )  # fmt: skip
+
+
+OPERATIONS = {  # the first five are in depth; what they add is limited to 10-20 words
+    "constraint": "Add one more constraint or requirement to it.",
+    "deepen": "If it asks about something, make it ask further and more deeply about that.",
+    "concretize": "Replace its general notions by more specific ones.",
+    "reasoning": "If a few steps of thought are enough for it, make it need several.",
+    "input": "Give it an input to work on (data, a table, code or a text), and refer to that.",
+    "breadth": "Invent a quite different task of the same field, as hard and as long, but rarer.",
+}
+
+
+def evolve_prompt(operation: str, task: dict) -> str:
+    depth = operation != "breadth"
+    text = "Here is a task. " + OPERATIONS[operation]
+    if depth:
+        text += " Keep it answerable by a person, and make it longer by 10 to 20 words only."
+    whole = task["instruction"] + (f"\n{task['input']}" if task["input"] else "")
+    return f"{text} Write the {'changed' if depth else 'new'} task and nothing else.\n\n{whole}\n\n"
+
+
+def answer_prompt(instruction: str) -> str:
+    return f"{instruction}\n\nAnswer:"
+
+
+def equal_prompt(one: str, two: str) -> str:
+    return (
+        "Do these two tasks have the same constraints and requirements, the same depth and the "
+        f"same breadth? Answer Equal or Not Equal.\n\nTask 1: {one}\n\nTask 2: {two}\n\nAnswer:"
+    )
+
+
+def evolution_fault(instruction: str, output: str, verdict: str) -> str | None:
+    """Why an evolved task is eliminated (Xu et al. 2023, section 3.1); None if it is not."""
+    if not instruction.strip():
+        return "empty task"
+    if verdict.strip().lower().startswith("equal"):
+        return "nothing new"
+    w = words(output)
+    if "sorry" in w and len(w) < 80:
+        return "the model could not answer"
+    if all(word in STOP_WORDS for word in w):
+        return "the answer is only punctuation and stop words"
+    leak = next((phrase for phrase in LEAKS if phrase in instruction.lower()), None)
+    return f"words of our prompt: {leak}" if leak else None
+
+
+def evolve(
+    maker: Maker, tasks: list[dict], rounds: int = 4, max_tokens: int = 2048, batch: int = 32
+) -> list[dict]:
+    """Evol-Instruct: all tasks that came through, of every round; the given ones not among them.
+
+    In each round every member of the pool is changed by one of six operations, drawn uniformly.
+    A result that is eliminated leaves its parent in the pool, to be tried again in the next round.
+    """
+    pool, made = list(tasks), []
+    hot = {"temperature": 1.0, "top_p": 0.95, "max_tokens": max_tokens}
+
+    def work(name: str, some: list[dict]) -> list[dict]:
+        rng = generator(maker.seed, name)
+        operations = [rng.choice(list(OPERATIONS)) for _ in some]
+        prompts = [evolve_prompt(o, task) for o, task in zip(operations, some)]
+        texts = [reply.strip() for reply in maker.ask(prompts, name, "evolve", **hot)]
+        outputs = maker.ask([answer_prompt(t) for t in texts], name, "answer", **hot)
+        compare = [equal_prompt(task["instruction"], t) for task, t in zip(some, texts)]
+        verdicts = maker.ask(compare, name, "equal", temperature=0.0, max_tokens=4)
+        return [
+            maker.item(
+                f"evol {operations[i]}", [task], prompts[i],
+                evolution_fault(texts[i], outputs[i], verdicts[i]),
+                maker.seed_of(name, "evolve") + i,
+                instruction=texts[i], input="", output=outputs[i].strip(),
+            )
+            for i, task in enumerate(some)
+        ]  # fmt: skip
+
+    for number in range(rounds):
+        after = []
+        for first in range(0, len(pool), batch):
+            some, name = pool[first : first + batch], f"evolve {number} {first}"
+            items = maker.ledger.step(name, partial(work, name, some))
+            after += [item if item["verdict"] == "accepted" else task
+                      for item, task in zip(items, some)]  # fmt: skip
+            made += accepted(items)
+        pool = after
+    return made
+
+
+# ---- 6. Augmentation: other words for the same thing. Each takes its own random.Random ----
+#
+# Words are what stands between spaces; unlike the published code nothing is lower-cased and no
+# punctuation is lost. Nothing here fails on a text of one word or none.
+
+SYNONYMS = {}
+for group in """big large|small little tiny|happy glad cheerful|sad unhappy|quick fast rapid|begin
+start|choose pick select|write compose|explain describe|show present|find locate|correct fix|short
+brief|list enumerate|easy simple|hard difficult|buy purchase|answer reply|help assist""".split("|"):
+    for word in group.split():
+        SYNONYMS[word] = [other for other in group.split() if other != word]
+
+
+def replace_synonyms(
+    text: str, n: int, rng: random.Random, synonyms: dict[str, list[str]] = SYNONYMS
+) -> str:
+    """n different words of the text that have synonyms, each replaced wherever it stands."""
+    w = text.split()
+    known = sorted({x for x in w if synonyms.get(x)})
+    new = {x: rng.choice(synonyms[x]) for x in rng.sample(known, min(n, len(known)))}
+    return " ".join(new.get(x, x) for x in w)
+
+
+def insert_synonyms(
+    text: str, n: int, rng: random.Random, synonyms: dict[str, list[str]] = SYNONYMS
+) -> str:
+    """n times a synonym of a random word at a random place."""
+    w = text.split()
+    known = [x for x in w if synonyms.get(x)]
+    for _ in range(n if known else 0):
+        w.insert(rng.randint(0, len(w)), rng.choice(synonyms[rng.choice(known)]))
+    return " ".join(w)
+
+
+def swap_words(text: str, n: int, rng: random.Random) -> str:
+    """n times two words change places."""
+    w = text.split()
+    for _ in range(n if len(w) > 1 else 0):
+        i, j = rng.sample(range(len(w)), 2)
+        w[i], w[j] = w[j], w[i]
+    return " ".join(w)
+
+
+def delete_words(text: str, p: float, rng: random.Random) -> str:
+    """Each word goes with probability p; one at least stays."""
+    w = text.split()
+    kept = [x for x in w if rng.random() >= p]
+    return " ".join(kept or w[:1] and [rng.choice(w)])
+
+
+def eda(text: str, rng: random.Random, alpha: float = 0.1, count: int = 9) -> list[str]:
+    """`count` variants by the four operations in equal shares, then the text itself.
+
+    max(1, alpha * words) words are changed in each, or deleted with probability alpha; the paper
+    takes alpha 0.05 up to 2,000 examples and 0.1 above (Wei & Zou 2019). alpha = 0: no variants.
+    """
+    if alpha == 0:
+        return [text]
+    n, variants = max(1, int(alpha * len(text.split()))), []
+    for _ in range(count // 4 + 1):
+        variants.append(replace_synonyms(text, n, rng))
+        variants.append(insert_synonyms(text, n, rng))
+        variants.append(swap_words(text, n, rng))
+        variants.append(delete_words(text, alpha, rng))
+    rng.shuffle(variants)
+    return [*variants[:count], text]
+
+
+def aeda(text: str, rng: random.Random) -> str:
+    """The text with 1 to words/3 punctuation marks put in, each as a word (Karimi et al. 2021).
+
+    The published code fails below three words and never puts one at the end.
+    """
+    w = text.split()
+    marks = rng.randint(1, max(1, len(w) // 3)) if w else 0
+    for place in sorted(rng.sample(range(len(w) + 1), marks), reverse=True):
+        w.insert(place, rng.choice(".;?:!,"))
+    return " ".join(w)
+
+
+NEAR_KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", """wa qes wrd etf ryg tuh yij uok ipl o qsz awdx
+sefc drgv fthb gyjn hukm jil ko asx zsdc xdfv cfgb vghn bhjm njk""".split()))  # fmt: skip
+
+
+def mistype(text: str, p: float, rng: random.Random) -> str:
+    """Each letter with probability p: a key beside it, left out, doubled, or behind the next."""
+    c, i = list(text), 0
+    while i < len(c):
+        if c[i].isalpha() and rng.random() < p:
+            kind = rng.randrange(4)
+            if kind == 0:
+                c[i] = rng.choice(NEAR_KEYS.get(c[i], c[i]))
+            elif kind == 1:
+                c[i] = ""
+            elif kind == 2:
+                c[i] += c[i]
+            elif i + 1 < len(c):
+                c[i], c[i + 1] = c[i + 1], c[i]
+                i += 1
+        i += 1
+    return "".join(c)
+
+
+def replace_in_context(
+    text: str,
+    rng: random.Random,
+    model: mlm.MaskedLM,
+    encoding,
+    mask_id: int,
+    rate: float = 0.15,
+    top: int = 5,
+) -> str:
+    """A share `rate` of the tokens, at least one, replaced by others that fit, drawn from the
+    `top` likeliest of a masked model as likely as it says. See 02_mlm.fill_in."""
+    ids = encoding.encode_ordinary(text)
+    if not ids:
+        return text
+    positions = sorted(rng.sample(range(len(ids)), max(1, int(rate * len(ids)))))
+    scores = mlm.fill_in(model, torch.tensor(ids), torch.tensor(positions), mask_id)  # (P, V)
+    for row, place in zip(scores, positions):
+        row[[ids[place], mask_id]] = -math.inf
+        best = row.topk(min(top, len(row) - 2))
+        ids[place] = rng.choices(best.indices.tolist(), best.values.exp().tolist())[0]
+    return encoding.decode(ids)
+
+
+def rewrite(maker: Maker, texts: Sequence[str], through: str | None = None) -> list[str]:
+    """Paraphrases by the back end; with a language given, by translating there and back.
+
+    A reply that is empty or was cut leaves the text as it is.
+    """
+    ways = ["Say the following in other words, keeping its meaning."]
+    if through:
+        ways = [f"Translate the following into {through}.", "Translate the following into English."]
+    now = list(texts)
+    for way in ways:
+        prompts = [f"{way} Write nothing else.\n\n{text}\n\n" for text in now]
+        replies = maker.ask(prompts, "rewrite", way, temperature=0.7, max_tokens=512)
+        now = ["" if reply.cut else reply.strip() for reply in replies]
+    return [new or old for new, old in zip(now, texts)]
+
+
+# ---- 7. Attributes that go together: a Gaussian copula for what a prompt asks for ----
+
+
+def normal_below(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def normal_quantile(p: float) -> float:
+    """x with P(Z <= x) = p, by bisection."""
+    low, high = -9.0, 9.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if normal_below(middle) < p else (low, middle)
+    return low
+
+
+NODES = np.polynomial.legendre.leggauss(24)  # of an integral over [-1, 1]
+
+
+def both_below(h: float, k: float, rho: float) -> float:
+    """P(X <= h, Y <= k) for standard normals of correlation rho, by dP/drho = their density."""
+    x, weight = NODES
+    # rho = sin(t): the density times d rho/dt has no pole at |rho| = 1
+    t = (x + 1) / 2 * math.asin(rho)
+    density = np.exp(-(h * h + k * k - 2 * h * k * np.sin(t)) / (2 * np.cos(t) ** 2))
+    area = float((weight * density).sum()) * math.asin(rho) / 2 / (2 * math.pi)
+    return normal_below(h) * normal_below(k) + area
+
+
+class Copula:
+    """Draws rows of yes/no attributes with the shares and the pairs of given rows.
+
+    Attribute j is on where a standard normal z_j lies below a threshold that fits its share; the
+    correlation of z_i and z_j is the one at which "both on" has the share that it has in the
+    rows. Where no correlation matrix fits all pairs, the nearest by its eigenvalues is taken.
+    """
+
+    def __init__(self, rows: np.ndarray):
+        n, d = rows.shape
+        share = np.clip(rows.mean(0), 0.5 / n, 1 - 0.5 / n)  # what was never seen may still be
+        self.thresholds = np.array([normal_quantile(p) for p in share])  # (d,)
+        self.correlation = np.eye(d)
+        for i in range(d):
+            for j in range(i):
+                low, high, wanted = -0.999, 0.999, float((rows[:, i] * rows[:, j]).mean())
+                for _ in range(40):
+                    rho = (low + high) / 2
+                    both = both_below(self.thresholds[i], self.thresholds[j], rho)
+                    low, high = (rho, high) if both < wanted else (low, rho)
+                self.correlation[i, j] = self.correlation[j, i] = rho
+        values, vectors = np.linalg.eigh(self.correlation)
+        root = vectors * np.sqrt(values.clip(min=1e-6))
+        self.root = root / np.linalg.norm(root, axis=1, keepdims=True)  # variances 1 again
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """(count, d) bool."""
+        z = np.random.default_rng(seed).standard_normal((count, len(self.root)))
+        return z @ self.root.T < self.thresholds
+
+
+# ---- 8. From items to training: formats, checks, rows with the loss on the response only ----
+
+TEMPLATES = {  # a model trained on one form only would depend on it
+    True: [
+        "{instruction}\n\n{input}\n\n", "{instruction}\nInput: {input}\nOutput:",
+        "Task: {instruction}\n{input}\nAnswer:", "{instruction}\n\nInput: {input}\n\nOutput:",
+        "{instruction} {input}\n\n", "Do this.\n{instruction}\n\nWith this: {input}\n\nResult:",
+        "{instruction}\n\n{input}\n\nAnswer:",
+    ],
+    False: [
+        "{instruction}\n\n", "{instruction} Output:", "Task: {instruction}\nAnswer:",
+        "{instruction}\n\nOutput:", "{instruction}\n", "Do this.\n{instruction}\n\nResult:",
+    ],
+}  # fmt: skip
+
+
+def training_text(item: dict, seed: int = 0) -> tuple[str, str]:
+    """Prompt and response of an item in one of the templates, drawn by the item's id: step 6."""
+    templates = TEMPLATES[bool(item["input"])]
+    template = generator(seed, item["id"]).choice(templates)
+    return template.format(instruction=item["instruction"], input=item["input"]), item["output"]
+
+
+def alpaca_record(item: dict) -> dict:
+    return {name.lower(): item[name.lower()] for name in FIELDS}
+
+
+def chat_record(item: dict) -> dict:
+    request = item["instruction"] + ("\n\n" + item["input"] if item["input"] else "")
+    return {"messages": [{"role": "user", "content": request},
+                         {"role": "assistant", "content": item["output"]}]}  # fmt: skip
+
+
+ROLES = ("system", "user", "assistant", "tool", "function", "developer")
+MESSAGE_KEYS = {"role", "content", "name", "function_call", "tool_calls", "weight"}
+
+
+def chat_fault(record: object) -> str | None:
+    """The first of seven faults of a line of a chat file that a fine-tuning service would refuse.
+
+    Source: OpenAI cookbook, Chat_finetuning_data_prep.
+    """
+    if not isinstance(record, dict):
+        return "not an object"
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "no list of messages"
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            return "a message without role or content"
+        if extra := sorted(message.keys() - MESSAGE_KEYS):
+            return f"unknown key {extra[0]}"
+        if message["role"] not in ROLES:
+            return f"unknown role {message['role']!r}"
+        called = message.get("function_call") or message.get("tool_calls")
+        if not (isinstance(message["content"], str) and message["content"]) and not called:
+            return "content is no text"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "no message of the assistant"
+    return None
+
+
+def count_tokens(record: dict, encoding) -> int:
+    """Tokens of a chat record as billed for training: 3 a message, 1 a name, 3 for the reply."""
+    total = 3
+    for message in record["messages"]:
+        texts = [v for v in message.values() if isinstance(v, str)]
+        total += 3 + ("name" in message) + sum(len(encoding.encode_ordinary(v)) for v in texts)
+    return total
+
+
+def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
+    """The fold of each item; all that comes from one seed task is in one, so that no test item
+    has a sibling in training. Largest group first into the smallest fold."""
+    sizes, fold_of = [0] * k, {}
+    counts = collections.Counter(ancestors)
+    for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
+        fold_of[name] = sizes.index(min(sizes))
+        sizes[fold_of[name]] += count
+    return [fold_of[name] for name in ancestors]
+
+
+def pack(
+    pairs: Sequence[tuple[str, str]], vocabulary: bpe.Vocabulary, seq_len: int
+) -> tuple[Tensor, Tensor, int]:
+    """Inputs and labels, both (R, seq_len) int64, of (prompt, response) pairs; and how many pairs
+    are in them: those longer than a row are left out.
+
+    A row holds as many pairs as fit, each END prompt response END. Labels are IGNORE on prompts
+    and on what pads a row: only the response and the END behind it are learned.
+    """
+    encoding, end = vocabulary.encoding(), vocabulary.end
+    rows: list[tuple[list[int], list[int]]] = []
+    used = 0
+    for prompt, response in pairs:  # each part by itself: so does a model see it that is asked
+        first, second = encoding.encode_ordinary(prompt), encoding.encode_ordinary(response)
+        ids = [end, *first, *second]
+        labels = [IGNORE] * len(first) + [*second, end]
+        if len(ids) > seq_len:
+            continue
+        used += 1
+        if not rows or len(rows[-1][0]) + len(ids) > seq_len:
+            rows.append(([], []))
+        rows[-1][0].extend(ids)
+        rows[-1][1].extend(labels)
+    x = torch.full((len(rows), seq_len), end)
+    y = torch.full((len(rows), seq_len), IGNORE)
+    for i, (ids, labels) in enumerate(rows):
+        x[i, : len(ids)], y[i, : len(ids)] = torch.tensor(ids), torch.tensor(labels)
+    return x, y, used
+
+
+def fine_tune(
+    model: gpt.GPT,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    batch: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    teacher: gpt.GPT | None = None,
+    temperature: float = 2.0,
+    alpha: float = 0.9,
+) -> float:
+    """Trains the model in place on x, y (R, T) of `pack`; returns the mean loss of the last epoch.
+
+    With a teacher of the same vocabulary the loss is alpha T^2 KL(teacher_T || student_T) +
+    (1 - alpha) cross-entropy: logit distillation. Without, on texts that a teacher has written, it
+    is response distillation.
+    """
+    if not len(x):
+        raise ValueError("no rows to train on: every pair was rejected or is too long")
+    groups = adamw.param_groups(model.named_parameters(), 0.1)
+    optimizer = adamw.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    device, kept = model.embedding.weight.device, []
+    order = torch.empty(0, dtype=torch.int64)
+    shuffles = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        while len(order) < batch:
+            order = torch.cat((order, torch.randperm(len(x), generator=shuffles)))
+        rows, order = order[:batch], order[batch:]
+        width = int((y[rows] != IGNORE).nonzero()[:, 1].max()) + 1  # the rest is padding
+        inputs, labels = x[rows, :width].to(device), y[rows, :width].to(device)
+        logits = model(inputs)  # (B, T, V)
+        if teacher is None:
+            loss = losses.cross_entropy(logits, labels)
+        else:
+            with torch.no_grad():
+                soft = teacher(inputs)
+            loss = losses.distillation_loss(logits, soft, labels, temperature, alpha)
+        loss.backward()
+        stability.clip_grad_norm_(list(model.named_parameters()), 1.0)
+        rate = schedules.SCHEDULES["linear"](step, steps, max(1, steps // 20), skip_zero=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append(loss.item())
+    last = kept[-max(1, len(x) // batch) :]
+    return sum(last) / len(last)
+
+
+# ---- 9. A world in which it shows whether data are good: stories that were asked for ----
+
+
+def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927): it holds for shares near 0 and 1 as well."""
+    p, d = hits / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
+
+
+def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """How likely a and b, equally good, would differ as much on the same cases: McNemar, exact."""
+    only_a = sum(x and not y for x, y in zip(a, b))
+    n = only_a + sum(y and not x for x, y in zip(a, b))
+    tail = sum(math.comb(n, i) for i in range(min(only_a, n - only_a) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+SENTENCES, WORDS = 2, 8  # alternatives of a rule that the small world has, the first ones
+
+
+class SmallWorld:
+    """Part of the grammar of data/stories: one form of story, of sharing, and fewer choices.
+
+    What it tells the whole grammar can tell, so `stories.check` judges it. The whole is too much
+    for a model that trains in a minute.
+    """
+
+    def __init__(self):
+        self.rules = {rule: self.some(rule, parts) for rule, parts in stories.RULES.items()}
+        self.kind = {}  # of each word that can be asked for
+        for rule, values in self.rules.items():
+            kind = rule.split(" @")[0]
+            if kind in stories.ASKABLE:
+                self.kind |= {value[0]: kind for value in values}
+        self.words = {kind: sorted(w for w, k in self.kind.items() if k == kind)
+                      for kind in stories.ASKABLE}  # fmt: skip
+        self.features = [*stories.FEATURES, "Dialogue", "Moral"]
+
+    @staticmethod
+    def some(rule: str, alternatives: list) -> list:
+        if rule == "story":
+            return alternatives[2:3]
+        sentences = any(len(parts) > 1 for parts in alternatives) or rule.endswith("moral")
+        return alternatives[: SENTENCES if sentences else WORDS]
+
+    def story(self, rng: random.Random) -> str:
+        pieces, memory = [], {}
+
+        def expand(rule: str) -> None:
+            for part in rng.choice(self.rules[rule]):
+                begin = len(pieces)
+                if isinstance(part, stories.Expand):
+                    expand(part.name(memory))
+                    if part.variable:
+                        memory[part.variable] = "".join(pieces[begin:])
+                else:
+                    pieces.append(part if isinstance(part, str) else part.text(memory))
+
+        expand("story")
+        return "".join(pieces)
+
+    def instruct(self, rng: random.Random) -> tuple[str, str]:
+        """A request and a story that fulfils it, as in data/stories.instruct."""
+        story = self.story(rng)
+        derivation = stories.parse(story)
+        words = [derivation.memory[k] for k in stories.ASKABLE if k in derivation.memory]
+        found = stories.features_of(story, derivation)
+        return self.request(rng.sample(words, 3), [f for f in found if rng.random() < 0.7]), story
+
+    @staticmethod
+    def request(words: Sequence[str], features: Sequence[str]) -> str:
+        return f"Words: {', '.join(words)}\nFeatures: {', '.join(features)}\nStory:"
+
+    def row(self, request: str) -> list[bool]:
+        """Which kinds of words and which features a request asks for: a row for the copula."""
+        words, features = read_request(request)
+        kinds = {self.kind[word] for word in words}
+        return [k in kinds for k in stories.ASKABLE] + [f in features for f in self.features]
+
+    def draw(self, copula: Copula, count: int, seed: int) -> list[str]:
+        """Requests with the copula's attributes; those that have not three words are passed by."""
+        requests, rng, n = [], generator("draw", seed), len(stories.ASKABLE)
+        for row in copula.sample(20 * count, seed):
+            kinds = [k for k, on in zip(stories.ASKABLE, row[:n]) if on]
+            if len(kinds) == 3 and len(requests) < count:
+                words = [rng.choice(self.words[kind]) for kind in kinds]
+                rng.shuffle(words)
+                requests.append(
+                    self.request(words, [f for f, on in zip(self.features, row[n:]) if on])
+                )
+        return requests
+
+    def fault(self, text: str) -> str | None:
+        """Why a text is not a request of this world; None if it is."""
+        read = read_request(text)
+        if read is None:
+            return "no request"
+        words, features = read
+        kinds = {self.kind.get(word) for word in words}
+        if None in kinds:
+            return "unknown word"
+        if len(words) != 3 or len(kinds) != 3:
+            return "not three words of different kinds"
+        if not set(features) <= set(self.features) or len(set(features)) < len(features):
+            return "unknown feature"
+        return None
+
+
+def read_request(text: str) -> tuple[list[str], list[str]] | None:
+    """The words and features of a request."""
+    match = re.fullmatch(r"Words: (.+)\nFeatures: ?(.*)\nStory:", text)
+    return match and (match[1].split(", "), [f for f in match[2].split(", ") if f])
+
+
+def story_items(maker: Maker, name: str, requests: list[dict], samples: int) -> list[dict]:
+    """Stories for requests, each tried `samples` times; the first that fulfils it is accepted."""
+
+    def work() -> list[dict]:
+        prompts = [r["instruction"] for r in requests for _ in range(samples)]
+        replies = maker.ask(prompts, name, temperature=1.0, min_p=0.05)
+        items, done, seed = [], set(), maker.seed_of(name)
+        for i, reply in enumerate(replies):
+            request, story = requests[i // samples], reply.strip()
+            lacks = stories.check(*read_request(request["instruction"]), story)
+            fault = None
+            if lacks:
+                fault = re.sub(r"^(the (word|feature)|rule) .*?(?= is )", r"a \2", lacks[0])
+                fault = "breaks a rule" if lacks[0].startswith("rule") else fault.split(":")[0]
+            elif request["id"] in done:
+                fault = "request fulfilled already"
+            else:
+                done.add(request["id"])
+            items.append(
+                maker.item("story", [request], prompts[i], fault, seed + i, input="",
+                           instruction=request["instruction"], output=story)
+            )  # fmt: skip
+        return items
+
+    return maker.ledger.step(name, work)
+
+
+# ---- 10. The command: invent tasks with a model of one's own choice, or the experiment ----
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: str = "stories"  # "stories": the experiment; or "self-instruct", "alpaca", "evol"
+    out: str = "runs/selfinstruct"  # folder of the ledger, the answers, the data, the base model
+    seed: int = 0
+    seeds: str = str(Path(__file__).parent / "data" / "seed_tasks.jsonl")  # tasks to begin with
+    wanted: int = 100  # accepted tasks; evol: rounds are fixed at 4, and all results are kept
+    endpoint: str | None = None  # OpenAI-compatible server, up to /v1; key from OPENAI_API_KEY
+    model: str | None = None  # its name there
+    checkpoint: str | None = None  # or the folder of a run of 06_train.py
+    tokens: int = 1_000_000  # the most to be spent at the endpoint
+    dollars: float = 5.0  # likewise, by the two prices
+    dollars_per_million_in: float = 0.0
+    dollars_per_million_out: float = 0.0
+    base_texts: int = 6000  # of the experiment: texts that the base model learns from,
+    base_share: float = 0.25  # of which so many have the request that belongs to the story
+    base_steps: int = 700  # of 8 rows
+    rounds: int = 2
+    requests: int = 300  # new ones a round
+    samples: int = 4  # stories written for each
+    steps: int = 100  # of fine-tuning, 16 rows each
+    held_out: int = 200  # requests of the test
+
+    def __post_init__(self):
+        modes = ("stories", "self-instruct", "alpaca", "evol")
+        if self.mode not in modes:
+            raise ValueError(f"--mode {self.mode}: wanted one of {', '.join(modes)}")
+        for name in ("wanted", "base_texts", "base_steps", "rounds", "requests", "samples",
+                     "steps", "held_out", "tokens"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted >= 1")
+        if self.mode != "stories" and (self.endpoint is None) == (self.checkpoint is None):
+            raise ValueError(
+                f"--mode {self.mode}: give --endpoint URL --model NAME, or --checkpoint FOLDER"
+            )
+        if self.endpoint and not self.model:
+            raise ValueError("--endpoint: give the --model too")
+
+
+def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
+    """A model that knows stories, but has mostly seen them under somebody else's request."""
+    if not (folder / "base" / "config.json").exists():
+        rng = generator(config.seed, "base")
+        pairs = [world.instruct(rng) for _ in range(config.base_texts)]
+        texts = [
+            (request if rng.random() < config.base_share else rng.choice(pairs)[0]) + " " + story
+            for request, story in pairs
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "base.txt").write_text("<|endoftext|>".join(texts))
+    wanted = training.Config(
+        data=str(folder / "base.txt"), out=str(folder / "base"), cache=str(folder / "cache"),
+        resume=True, seq_len=136, max_steps=config.base_steps, seed=config.seed,
+        warmup_steps=min(30, config.base_steps), eval_every=10**6, eval_tokens=5000,
+        checkpoint_every=200,
+    )  # fmt: skip
+    with open(folder / "base.log", "a") as log, contextlib.redirect_stdout(log):
+        state = training.load_checkpoint(folder / "base") if (folder / "base").exists() else None
+        if state is None or state["step"] < config.base_steps:
+            training.train(wanted)
+        return Checkpoint.load(folder / "base")
+
+
+def assess(model: Checkpoint, requests: list[str]) -> dict:
+    """How well requests are followed: one story for each, and the same draws for every model."""
+    texts = [r.strip() for r in model(requests, seed=1, temperature=1.0, min_p=0.05)]
+    lacks = [stories.check(*read_request(r), text) for r, text in zip(requests, texts)]
+    return {
+        "followed": [not lack for lack in lacks],
+        "sound": [not any(x.startswith("rule") for x in lack) for lack in lacks],
+        "texts": texts,
+    }
+
+
+def report(name: str, result: dict) -> None:
+    hits, n = sum(result["followed"]), len(result["followed"])
+    low, high = interval(hits, n)
+    texts = result["texts"]
+    print(
+        f"{name:22}{hits / n:7.1%}  {low:5.1%} - {high:5.1%}{sum(result['sound']) / n:9.1%}"
+        f"{distinct_n(texts, 2):11.3f}{self_bleu(texts):11.3f}{vendi_score(texts):8.1f}"
+    )
+
+
+def trained(base: Checkpoint, items: list[dict], config: Config) -> Checkpoint:
+    """A copy of the base model, fine-tuned on stories under their requests."""
+    model = copy.deepcopy(base.model)
+    pairs = [(item["instruction"], " " + item["output"]) for item in items]
+    x, y, _ = pack(pairs, base.vocabulary, model.config.seq_len)
+    fine_tune(model, x, y, steps=config.steps, seed=config.seed)
+    return Checkpoint(model, base.vocabulary)
+
+
+def invent_requests(
+    maker: Maker, world: SmallWorld, number: int, count: int, seeds: list[str], gate: NoveltyGate
+) -> list[dict]:
+    """New requests: half as the model writes them, half drawn by the copula of the seeds."""
+    name = f"requests {number}"
+
+    def work() -> list[dict]:
+        start = "Words:"
+        replies = maker.ask([start] * (count // 2), name, stop=["Story:"], max_tokens=40)
+        texts = [(start + reply.rstrip() + "\nStory:", "written") for reply in replies]
+        copula = Copula(np.array([world.row(seed) for seed in seeds]))
+        drawn = world.draw(copula, count - len(texts), maker.seed_of(name, "copula"))
+        items = []
+        for i, (text, operator) in enumerate(texts + [(text, "copula") for text in drawn]):
+            fault, near = world.fault(text), gate.nearest(text)
+            if not fault and near and near[0][0] > 0.9:  # requests are short, and much alike
+                fault = "too much like another request"
+            if not fault:
+                gate.add(text)
+            seed = maker.seed_of(name) + i
+            items.append(maker.item(operator, [], start, fault, seed, instruction=text))
+        return items
+
+    items = maker.ledger.step(name, work)
+    for item in accepted(items):
+        if item["instruction"] not in gate.exact:
+            gate.add(item["instruction"])
+    return accepted(items)
+
+
+def experiment(config: Config) -> int:
+    """The loop: a model writes requests and stories, learns from what was right, and again."""
+    folder, world = Path(config.out), SmallWorld()
+    settings = {k: v for k, v in asdict(config).items() if k != "out"}
+    ledger = Ledger(folder / "ledger.jsonl", settings)
+    base = base_model(config, world, folder)
+    rng = generator(config.seed, "seeds")
+    tests = [world.instruct(rng)[0] for _ in range(config.held_out)]
+    seeds = [world.instruct(rng)[0] for _ in range(150)]
+    gate = NoveltyGate([*tests, *seeds])
+    model, pool, results = base, [], {"base": assess(base, tests)}
+    for number in range(1, config.rounds + 1):
+        maker = Maker(model, f"round {number - 1}", config.seed, ledger)
+        requests = invent_requests(maker, world, number, config.requests, seeds, gate)
+        items = story_items(maker, f"stories {number}", requests, config.samples)
+        made = ledger.steps[f"requests {number}"]
+        for kind, entries in (("requests", made), ("stories", items)):
+            reasons = collections.Counter(e["reason"] for e in entries if e["reason"])
+            print(
+                f"round {number}: {len(entries)} {kind}, {len(accepted(entries))} accepted; "
+                + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(6))
+            )
+        if number == 1:
+            unfiltered = items[:: config.samples]
+        pool += accepted(items)
+        model = trained(base, pool, config)
+        results[f"round {number}"] = assess(model, tests)
+    # the same number of stories, unfiltered
+    rng = generator(config.seed, "unfiltered")
+    count = min(len(pool), len(unfiltered))
+    same = rng.sample(pool, count)
+    results[f"{count} filtered"] = assess(trained(base, same, config), tests)
+    some = rng.sample(unfiltered, count)
+    results[f"{count} unfiltered"] = assess(trained(base, some, config), tests)
+    real = [dict(zip(("instruction", "output"), world.instruct(rng))) for _ in range(len(pool))]
+    results[f"{len(pool)} of the grammar"] = assess(trained(base, real, config), tests)
+
+    print("\nmodel                 followed  95% interval    sound   distinct-2  self-BLEU   Vendi")
+    for name, result in results.items():
+        report(name, result)
+    last = results[f"round {config.rounds}"]["followed"]
+    gain = (sum(last) - sum(results["base"]["followed"])) / len(tests)
+    p = paired_p(*(results[f"{count} {how}"]["followed"] for how in ("filtered", "unfiltered")))
+    print(f"\ngain {gain:+.1%}; filtered against unfiltered, McNemar: p = {p:.1e}")
+    return 0
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    training.write_atomically(path, "".join(lines))
+
+
+def invent(config: Config) -> int:
+    """New instruction data from seed tasks and a model: ledger, Alpaca file and chat file."""
+    folder, seeds = Path(config.out), load_seeds(config.seeds)
+    names = ("mode", "seed", "wanted", "endpoint", "model", "checkpoint")
+    settings = {name: getattr(config, name) for name in names}
+    settings["seeds"] = digest(seeds)
+    if config.endpoint:
+        limits = Limits(config.tokens, config.dollars, config.dollars_per_million_in,
+                        config.dollars_per_million_out)  # fmt: skip
+        complete = Endpoint(config.endpoint, config.model, folder / "answers.jsonl", limits)
+        name = config.model
+    else:
+        complete, name = Checkpoint.load(Path(config.checkpoint)), config.checkpoint
+    ledger = Ledger(folder / "ledger.jsonl", settings)
+    maker = Maker(complete, name, config.seed, ledger)
+    make = {"self-instruct": self_instruct, "alpaca": alpaca}.get(config.mode)
+    items = make(maker, seeds, config.wanted) if make else evolve(maker, seeds)
+    write_lines(folder / "alpaca.jsonl", map(alpaca_record, items))
+    write_lines(folder / "chat.jsonl", map(chat_record, items))
+    entries = [e for step in ledger.steps.values() for e in step if "verdict" in e]
+    reasons = collections.Counter(e["reason"].split(":")[0] for e in entries if e["reason"])
+    print(f"{len(entries)} items, {len(accepted(entries))} accepted; rejected:")
+    for reason, count in reasons.most_common():
+        print(f"  {count:6} {reason}")
+    texts = [item["instruction"] for item in items]
+    print(f"data     {len(items)} in {folder / 'alpaca.jsonl'} and chat.jsonl")
+    print(f"spread   distinct-2 {distinct_n(texts, 2):.3f}, self-BLEU {self_bleu(texts):.3f}, "
+          f"Vendi score {vendi_score(texts):.1f}")  # fmt: skip
+    if config.endpoint:
+        print(f"spent    {complete.tokens:,} tokens, {complete.dollars:.2f} dollars")
+    return 0
+
+
+def read_flags(argv: list[str]) -> Config:
+    """Every field of Config is a flag."""
+    about = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)  # fmt: skip
+    for name, kind in typing.get_type_hints(Config).items():
+        kind = (typing.get_args(kind) or (kind,))[0]  # str | None -> str
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, help=about.get(name), metavar=kind.__name__.upper())
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        config = read_flags(argv)
+        return experiment(config) if config.mode == "stories" else invent(config)
+    except (ValueError, OSError, BackendError, training.RunError) as error:
+        print(f"09_selfinstruct.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what the ledger has")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
