@@ -39,15 +39,16 @@ Sources: clip 1.0, betas 0.9 and 0.95, decay 0.1: GPT-3 (Brown et al. 2020, arXi
 CPU preset has beta2 0.98); decay on matrices only: nanoGPT; warmup-stable-decay: MiniCPM (Hu et
 al. 2024, 2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
 
-Run: `python 06_train.py` (CPU, 155 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
+Run: `python 06_train.py` (CPU, 2 cores of an AMD EPYC (Zen 3), float32: 155 s alone, before the
+guard was added; here other programs shared the cores) ends with
 
-    val_nats: 0.41374720409464544
+    val_nats: 0.4096738411050606
     floor_nats: 0.2867901733419835
-    val_bpb: 0.17278091654971664
+    val_bpb: 0.17107987933710225
     tokens: 1520760
-    seconds: 154.90329442700022
-    tokens_per_second: 10623.38099815685
-    peak_memory_gb: 0.53235712
+    seconds: 309.07283586799895
+    tokens_per_second: 5164.7081198061
+    peak_memory_gb: 0.520065024
     parameters: 459520
 """
 
