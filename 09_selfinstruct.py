@@ -44,6 +44,7 @@ import math
 import os
 import random
 import re
+import statistics
 import sys
 import threading
 import time
@@ -665,31 +666,18 @@ def instance_fault(input: str, output: str) -> str | None:
     return None
 
 
-# share of a text's characters that may lie in repeated pieces: Gopher (Rae et al. 2021), table A1
-REPETITION = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+# share of a text's letters in its commonest 2-, 3-, 4-gram: Gopher (Rae et al. 2021), table A1
+REPETITION = {2: 0.20, 3: 0.18, 4: 0.16}
 
 
 def repetition_fault(text: str) -> str | None:
-    """Why a text repeats itself too much; None if it does not. n <= 4: the commonest n-gram."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    if lines and len(set(lines)) < 0.7 * len(lines):
-        return "repeated lines"
+    """Why a text repeats itself too much; None if it does not."""
     w = words(text)
-    total = sum(map(len, w))
     for n, limit in REPETITION.items():
-        counts = collections.Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1))
-        if n <= 4:
-            gram, times = max(counts.items(), key=lambda x: x[1] * sum(map(len, x[0])),
-                              default=((), 0))  # fmt: skip
-            inside = times * sum(map(len, gram)) if times > 1 else 0
-        else:
-            covered = set()
-            for i in range(len(w) - n + 1):
-                if counts[tuple(w[i : i + n])] > 1:
-                    covered.update(range(i, i + n))
-            inside = sum(len(w[i]) for i in covered)
-        if inside > limit * total:
-            return f"repeated {n}-grams"
+        grams = collections.Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1))
+        most = max((times * len("".join(g)) for g, times in grams.items() if times > 1), default=0)
+        if most > limit * len("".join(w)):
+            return f"repeats {n} words"
     return None
 
 
@@ -1023,7 +1011,7 @@ def instance_prompt(seeds: list[dict], instruction: str, classification: bool) -
     shots += [t for t in seeds if not classification and not t["classification"]
               and not t["input"]][:2]  # fmt: skip
     what = "answer, with an input that it is right for" if classification else "input, its output"
-    text = f"Instances of tasks: for each {what}. \"{NO_INPUT}\" where no input is needed.\n\n"
+    text = f'Instances of tasks: for each {what}. "{NO_INPUT}" where no input is needed.\n\n'
     for task in shots:
         first, second = ("Input", task["input"] or NO_INPUT), ("Output", task["output"])
         if classification:
@@ -1137,7 +1125,7 @@ FIELDS = ("Instruction", "Input", "Output")
 def alpaca_prompt(shots: list[dict], last: int = Alpaca.last_number) -> str:
     text = (
         f"A list of {last} different tasks for an assistant that reads and writes text. Each has "
-        f"an instruction, an input (\"{NO_INPUT}\" where none is needed) and the best output.\n\n"
+        f'an instruction, an input ("{NO_INPUT}" where none is needed) and the best output.\n\n'
     )
     for i, task in enumerate(shots, 1):
         values = (task["instruction"], task["input"] or NO_INPUT, task["output"])
@@ -1405,19 +1393,7 @@ def rewrite(maker: Maker, texts: Sequence[str], through: str | None = None) -> l
 # ---- 7. Attributes that go together: a Gaussian copula for what a prompt asks for ----
 
 
-def normal_below(x: float) -> float:
-    return 0.5 * math.erfc(-x / math.sqrt(2))
-
-
-def normal_quantile(p: float) -> float:
-    """x with P(Z <= x) = p, by bisection."""
-    low, high = -9.0, 9.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if normal_below(middle) < p else (low, middle)
-    return low
-
-
+NORMAL = statistics.NormalDist()
 NODES = np.polynomial.legendre.leggauss(24)  # of an integral over [-1, 1]
 
 
@@ -1428,7 +1404,7 @@ def both_below(h: float, k: float, rho: float) -> float:
     t = (x + 1) / 2 * math.asin(rho)
     density = np.exp(-(h * h + k * k - 2 * h * k * np.sin(t)) / (2 * np.cos(t) ** 2))
     area = float((weight * density).sum()) * math.asin(rho) / 2 / (2 * math.pi)
-    return normal_below(h) * normal_below(k) + area
+    return NORMAL.cdf(h) * NORMAL.cdf(k) + area
 
 
 class Copula:
@@ -1442,7 +1418,7 @@ class Copula:
     def __init__(self, rows: np.ndarray):
         n, d = rows.shape
         share = np.clip(rows.mean(0), 0.5 / n, 1 - 0.5 / n)  # what was never seen may still be
-        self.thresholds = np.array([normal_quantile(p) for p in share])  # (d,)
+        self.thresholds = np.array([NORMAL.inv_cdf(p) for p in share])  # (d,)
         self.correlation = np.eye(d)
         for i in range(d):
             for j in range(i):

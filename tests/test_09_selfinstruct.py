@@ -115,12 +115,12 @@ def test_checkpoint_greedy_reply_is_that_of_generate(small_model):
 
 
 def test_checkpoint_draws_from_the_models_distribution(small_model):
-    """The first token over 4000 seeds: counts within 4 standard deviations of n p."""
+    """The first token over 2000 seeds: counts within 4 standard deviations of n p."""
     vocabulary = small_model.vocabulary
     ids = torch.tensor([[vocabulary.end, *vocabulary.encoding().encode_ordinary("Lily")]])
     with torch.no_grad():
         p = small_model.model(ids)[0, -1].softmax(-1).double()
-    n = 4000
+    n = 2000
     drawn = Counter(small_model(["Lily"] * n, max_tokens=1))
     texts = [vocabulary.encoding().decode([i]) for i in range(vocabulary.size - 1)]
     for i in p.argsort(descending=True)[:8].tolist():
@@ -323,6 +323,7 @@ def test_endpoint_concurrency_is_bounded_and_used(serve, tmp_path):
 
 def test_endpoint_stays_within_its_budget(serve, tmp_path):
     """The server bills all that it may: the sum must not pass the limit, and is used up to it."""
+
     def reply(body):
         most = len(body["messages"][0]["content"]) + 16
         return completion("x", prompt_tokens=most, completion_tokens=body["max_tokens"])
@@ -358,9 +359,6 @@ def test_endpoint_key_goes_to_the_server_and_nowhere_else(serve, tmp_path, monke
     assert "secret" not in repr(vars(model))
     for path in tmp_path.rglob("*"):
         assert "secret" not in path.read_text()
-    server = serve([(401, {}), (401, {})])
-    Handler_data = si.urllib.error.HTTPError  # the body of an error may repeat the key
-    assert Handler_data
     assert model.hide("wrong key sk-very-secret") == "wrong key [key]"
     assert "secret" not in "".join(capfd.readouterr())
     with pytest.raises(si.BackendError, match="https only"):
@@ -422,13 +420,18 @@ def brute_lcs(a, b):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from("abcd"), max_size=90), st.lists(st.sampled_from("abcd"), max_size=90))
+@given(
+    st.lists(st.sampled_from("abcd"), max_size=90), st.lists(st.sampled_from("abcd"), max_size=90)
+)
 def test_common_is_the_longest_common_subsequence(a, b):
     assert si.common(si.places(a), len(a), b) == brute_lcs(a, b)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(max_codepoint=127), max_size=60), st.text(st.characters(max_codepoint=127), max_size=60))
+@given(
+    st.text(st.characters(max_codepoint=127), max_size=60),
+    st.text(st.characters(max_codepoint=127), max_size=60),
+)
 def test_rouge_l_equals_rouge_score_on_any_ascii(a, b):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     assert si.rouge_l(a, b) == scorer.score(a, b)["rougeL"].fmeasure
@@ -448,7 +451,7 @@ def test_rouge_l_equals_rouge_score_on_texts_and_is_20_times_as_fast():
     for text in texts:
         gate.nearest(text, count=len(texts))
     ours = time.process_time() - start
-    assert theirs / 2 > 20 * ours / 2 / 2  # the gate sees every pair twice, the scorer once
+    assert 2 * theirs > 20 * ours  # the gate has seen every pair twice, the scorer once
 
 
 def test_words_of_other_scripts():
@@ -458,7 +461,9 @@ def test_words_of_other_scripts():
     assert si.words("\u0939\u093f\u0928\u094d\u0926\u0940 \u092d\u093e\u0937\u093e") == [
         "\u0939\u093f\u0928\u094d\u0926\u0940", "\u092d\u093e\u0937\u093e"]  # fmt: skip
     assert si.words("\u4eca\u5929\u5929\u6c14") == list("\u4eca\u5929\u5929\u6c14")
-    assert si.rouge_l("\u4eca\u5929\u5929\u6c14\u597d", "\u4eca\u5929\u5929\u6c14\u574f") == 0.8
+    assert si.rouge_l(
+        "\u4eca\u5929\u5929\u6c14\u597d", "\u4eca\u5929\u5929\u6c14\u574f"
+    ) == pytest.approx(0.8)
     assert si.words("") == si.words("!?") == []
 
 
@@ -504,7 +509,9 @@ def test_minhash_estimate_is_within_3_sigma_and_the_curve_holds():
 def test_minhash_hashes_are_independent():
     """For disjoint texts no place agrees, and mean and spread of signatures are those of minima."""
     hashes = si.MinHash(shingle=1)
-    values = np.stack([hashes.signature(" ".join(f"{t} {i}x{t}" for i in range(9))) for t in range(99)])
+    values = np.stack(
+        [hashes.signature(" ".join(f"{t} {i}x{t}" for i in range(9))) for t in range(99)]
+    )
     u = values.astype(np.float64) / 2**64  # (99, 128) minima of n uniform numbers
     n = 9 + 1
     assert abs(u.mean() - 1 / (n + 1)) < 5 * (1 / (n + 1)) / math.sqrt(u.size)
@@ -566,7 +573,8 @@ def test_instance_filters(input, output, reason):
 def test_repetition_filter():
     assert all(si.repetition_fault(story) is None for story, _ in stories.corpus(50, seed=0))
     assert si.repetition_fault("the same again and " * 10)
-    assert si.repetition_fault("one line\n" * 5) == "repeated lines"
+    assert si.repetition_fault("a b c d e f g h i j a b") == "repeats 2 words"
+    assert si.repetition_fault("a b c d e f g h i j k l m n o p q r s t u a b") is None
     assert si.repetition_fault("") is None
 
 
@@ -608,11 +616,14 @@ def test_diversity_closed_forms():
 # Self-Instruct with a scripted model
 
 
+THINGS = "apples rivers clocks horses lamps ships roofs bells crows boots pears drums".split()
+
+
 class Script:
     """A model whose replies are known: proposals by number of the call, instances by task."""
 
     def __init__(self):
-        self.calls, self.proposals = 0, 0
+        self.calls = 0
 
     def __call__(self, prompts, *, seed, **sampling):
         self.calls += 1
@@ -621,12 +632,12 @@ class Script:
     def reply(self, prompt, seed):
         if prompt.startswith("Here is a list"):
             rng = random.Random(seed)
-            number = rng.randrange(10**6)
+            number, (a, b, c, d, e, f) = rng.randrange(10**6), rng.sample(THINGS, 6)
             return si.Reply(
-                f" Count the {number} apples of basket {number} by hand.\n"
+                f" Count {number} {a} {b} among {c} by hand.\n"
                 f"10. {SEEDS[3]['instruction']}\n"  # a seed again
-                f"11. Too short.\n12. Draw a picture of {number} quiet dogs.\n"
-                f"13. Decide whether {number} rivers near {number} towns flood every spring."
+                f"11. Too short.\n12. Draw a picture of {number} {d} quiet dogs.\n"
+                f"13. Decide whether {d} {e} beats {f} in {number} years."
             )
         if prompt.startswith("Does the task"):
             return si.Reply(" Yes" if "Decide" in prompt.split("Task:")[-1] else " No")
@@ -636,7 +647,9 @@ class Script:
         number = int(re.search(r"\d+", prompt.split("Task:")[-1])[0])
         if number % 2:
             return si.Reply("Input: three\nOutput: 3\n\nInput: three\nOutput: 4\n")
-        return si.Reply("Input: none\nOutput: Done.\n\nInput: two\nOutput: two\n\nInput: x\nOutput:")
+        return si.Reply(
+            "Input: none\nOutput: Done.\n\nInput: two\nOutput: two\n\nInput: x\nOutput:"
+        )
 
 
 def make(path, model, wanted=12, seed=0):
@@ -653,7 +666,7 @@ def test_self_instruct_accepts_exactly_what_it_should(tmp_path):
         if text.startswith("Too short"):
             assert e["reason"] == "too short"
         elif text.startswith("Draw"):
-            assert e["reason"].endswith("picture") or e["reason"].endswith("draw")
+            assert e["reason"] == "asks for what text cannot do: draw"
         elif text == SEEDS[3]["instruction"]:
             assert e["reason"] == "too much like another task"
     good = si.accepted(tasks)
@@ -666,7 +679,8 @@ def test_self_instruct_accepts_exactly_what_it_should(tmp_path):
             if e["verdict"] == "accepted":
                 pool.append(e["instruction"])
                 assert e["near"][0][1] == pytest.approx(like, abs=1e-4)
-    assert len(good) >= 12 or len(tasks) > 1000
+    assert 12 <= len(good) < 12 + 2 * 5  # a request brings at most two good ones of each prompt
+    assert {"rejected", "accepted"} == {e["verdict"] for e in tasks}
     for task in good:
         mine = [i for i in entries if i["operator"] == "instance" and i["parents"] == [task["id"]]]
         got = [(i["input"], i["output"]) for i in si.accepted(mine)]
@@ -678,7 +692,8 @@ def test_self_instruct_accepts_exactly_what_it_should(tmp_path):
             assert got == [("", "Done.")]
             assert [i["reason"] for i in mine] == ["", "output repeats the input", "empty output"]
     assert {i["id"] for i in items} == {
-        e["id"] for e in entries if e["operator"] == "instance" and e["verdict"] == "accepted"}  # fmt: skip
+        e["id"] for e in entries if e["operator"] == "instance" and e["verdict"] == "accepted"
+    }
     ids = {task["id"] for task in SEEDS}
     assert all(e["ancestor"] in ids for e in entries)
     assert len({e["id"] for e in entries}) == len(entries)
@@ -729,14 +744,16 @@ test.make({path!r}, test.Script())
 
 
 def test_ledger_is_the_same_under_any_hash_seed(tmp_path):
-    ledgers = []
-    for hash_seed in ("0", "1", "random"):
-        path = str(tmp_path / hash_seed)
-        subprocess.run(
-            [sys.executable, "-c", SCRIPTED.format(root=str(ROOT), path=path)],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed}, check=True, timeout=120,
-        )  # fmt: skip
-        ledgers.append(Path(path).read_bytes())
+    paths = [tmp_path / hash_seed for hash_seed in ("0", "1", "random")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPTED.format(root=str(ROOT), path=str(path))],
+            env=os.environ | {"PYTHONHASHSEED": path.name},
+        )
+        for path in paths
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    ledgers = [path.read_bytes() for path in paths]
     assert ledgers[0] == ledgers[1] == ledgers[2] and len(ledgers[0]) > 10_000
 
 
@@ -745,3 +762,387 @@ def test_maker_refuses_a_model_that_breaks_the_contract(tmp_path):
     for wrong in (lambda p, **s: [], lambda p, **s: [None] * len(p)):
         with pytest.raises(si.BackendError, match="wanted 2 texts"):
             si.Maker(wrong, "wrong", 0, ledger).ask(["a", "b"])
+
+
+# Alpaca and Evol-Instruct
+
+
+def test_alpaca_reads_whole_tasks_and_names_broken_ones():
+    reply = si.Reply(
+        " Name a river.\n4. Input: none\n4. Output: The Nile.\n###\n5. Instruction: Add them.\n"
+        "5. Input: 2, 3\n5. Output: 5\n###\n6. Instruction: No fields at all here\n###\n"
+        "7. Instruction: Cut off.\n7. Input: a\n7. Output: b"
+    )
+    whole = [
+        {"instruction": "Name a river.", "input": "", "output": "The Nile."},
+        {"instruction": "Add them.", "input": "2, 3", "output": "5"},
+    ]
+    tasks = si.read_tasks(reply)
+    assert tasks[:2] == whole and tasks[2]["fault"] == "fields missing" and len(tasks) == 4
+    assert si.read_tasks(si.Reply(reply, cut=True)) == tasks[:3]
+
+
+def test_alpaca_reads_its_own_prompt_back():
+    prompt = si.alpaca_prompt(SEEDS[:3])
+    body = prompt[prompt.index("1. Instruction:") :].rsplit("###", 1)[0]
+    tasks = si.read_tasks(si.Reply(body.removeprefix("1. Instruction:")))
+    assert tasks == [{k: t[k] for k in ("instruction", "input", "output")} for t in SEEDS[:3]]
+
+
+def test_alpaca_accepts_what_it_should(tmp_path):
+    def model(prompts, *, seed, **sampling):
+        replies = []
+        for i in range(len(prompts)):
+            a, b, c, d, e = random.Random(seed + i).sample(THINGS, 5)
+            replies.append(si.Reply(
+                f" Compare {a} {b} {c} {d} {e}.\nInput: none\nOutput: Both are {c}.\n###\n"
+                f"5. Instruction: Count the {c} and the {d} below.\nInput: {d}\nOutput: {d}\n###\n"
+                f"6. Instruction: {SEEDS[0]['instruction']}\nInput: none\nOutput: x\n"
+            ))  # fmt: skip
+        return replies
+
+    ledger = si.Ledger(tmp_path / "l", {})
+    items = si.alpaca(si.Maker(model, "m", 0, ledger), SEEDS, 8)
+    assert len(items) >= 8 and all(i["instruction"].startswith("Compare") for i in items)
+    reasons = {e["reason"] for step in ledger.steps.values() for e in step if e.get("reason")}
+    assert reasons == {"too much like another task", "output repeats the input"}
+
+
+@pytest.mark.parametrize(
+    "instruction, output, verdict, reason",
+    [
+        ("Name two rivers.", "Nile, Rhine.", "Not Equal", None),
+        ("Name two rivers.", "Nile, Rhine.", " Equal", "nothing new"),
+        ("", "x", "Not Equal", "empty task"),
+        ("Name it.", "Sorry, I cannot do that.", "Not Equal", "could not answer"),
+        (
+            "Name it.",
+            "I am sorry for the king. " + "He ruled long and well. " * 20,
+            "Not Equal",
+            None,
+        ),
+        ("Name it.", "The. And, of?!", "Not Equal", "punctuation and stop words"),
+        ("Name it.", "...", "Not Equal", "punctuation and stop words"),
+        ("Name the given prompt here.", "x y z", "Not Equal", "given prompt"),
+    ],
+)
+def test_elimination_rules(instruction, output, verdict, reason):
+    fault = si.evolution_fault(instruction, output, verdict)
+    assert fault is None if reason is None else reason in fault, fault
+
+
+def test_evolve_eliminates_retries_and_goes_on_from_its_results(tmp_path):
+    seen = Counter()
+
+    def model(prompts, *, seed, **sampling):
+        replies = []
+        for i, prompt in enumerate(prompts):
+            if prompt.startswith("Here is a task."):
+                task = prompt.rstrip().split("\n\n")[-1].split("\n")[0]
+                seen[task] += 1
+                replies.append(si.Reply(f"{task} And then {random.Random(seed + i).random()}."))
+            elif prompt.startswith("Do these two"):
+                stuck = "Task 1: " + SEEDS[1]["instruction"] in prompt
+                replies.append(si.Reply(" Equal" if stuck else " Not Equal"))
+            else:
+                replies.append(si.Reply("An answer of some length."))
+        return replies
+
+    ledger = si.Ledger(tmp_path / "l", {})
+    made = si.evolve(si.Maker(model, "m", 0, ledger), SEEDS[:6], rounds=4, batch=4)
+    assert len(made) == 5 * 4  # one of six never comes through
+    assert seen[SEEDS[1]["instruction"]] == 4  # and is tried in each round
+    assert seen[SEEDS[0]["instruction"]] == 1
+    by_id = {item["id"]: item for item in made} | {task["id"]: task for task in SEEDS}
+    for item in made:
+        parent = by_id[item["parents"][0]]
+        assert item["instruction"].startswith(parent["instruction"])
+        assert item["ancestor"] == parent.get("ancestor", parent["id"])
+    entries = [e for step in ledger.steps.values() for e in step if "verdict" in e]
+    assert sum(e["reason"] == "nothing new" for e in entries) == 4
+    assert {e["operator"] for e in entries} == {f"evol {name}" for name in si.OPERATIONS}
+
+
+# augmentation
+
+PLAIN = st.text(st.characters(codec="utf-8"), max_size=80)
+
+
+@settings(max_examples=150, deadline=None)
+@given(PLAIN, st.integers(0, 99), st.integers(0, 5))
+def test_augmentation_properties(text, seed, n):
+    w = text.split()
+
+    def rng():
+        return random.Random(seed)
+
+    assert sorted(si.swap_words(text, n, rng()).split()) == sorted(w)
+    kept = iter(w)
+    assert all(word in kept for word in si.delete_words(text, 0.3, rng()).split())  # in order
+    assert len(si.delete_words(text, 1.0, rng()).split()) == min(1, len(w))
+    assert si.delete_words(text, 0.0, rng()).split() == w
+    assert len(si.replace_synonyms(text, n, rng()).split()) == len(w)
+    assert si.eda(text, rng(), alpha=0) == [text]
+    variants = si.eda(text, rng())
+    assert len(variants) == 10 and variants[-1] == text
+    assert si.mistype(text, 0.0, rng()) == text
+    for change in (si.aeda, lambda t, r: si.mistype(t, 0.3, r), lambda t, r: si.eda(t, r)):
+        assert change(text, rng()) == change(text, rng())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(["big", "house", "stands", "there"]), max_size=30), st.integers(0, 99)
+)
+def test_aeda_without_its_marks_is_the_text(w, seed):
+    new = si.aeda(" ".join(w), random.Random(seed)).split()
+    marks = [x for x in new if x in ".;?:!,"]
+    assert [x for x in new if x not in ".;?:!,"] == w
+    assert (1 <= len(marks) <= max(1, len(w) // 3)) if w else not marks
+
+
+def test_aeda_reaches_the_end():
+    ends = sum(si.aeda("one two three", random.Random(i))[-1] in ".;?:!," for i in range(400))
+    assert abs(ends - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)  # one mark in four places
+
+
+def test_eda_changes_what_it_says():
+    text = "choose a big house and explain a short story"
+    assert si.replace_synonyms(text, 1, random.Random(0)) != text
+    new = si.insert_synonyms(text, 3, random.Random(0)).split()
+    left = Counter(new) - Counter(text.split())
+    assert left.total() == 3 and all(any(x in si.SYNONYMS[w] for w in text.split() if w in
+                                         si.SYNONYMS) for x in left)  # fmt: skip
+    typed = [si.mistype("abcdefghij" * 20, 0.05, random.Random(i)) for i in range(50)]
+    changed = sum(t != "abcdefghij" * 20 for t in typed)
+    assert changed == 50
+
+
+def test_replace_in_context_changes_the_share_it_says():
+    vocabulary = bpe.train([text for text, _ in stories.corpus(100, seed=0)], 400)
+    encoding, mask_id = mlm.with_mask_token(vocabulary.encoding())
+    torch.manual_seed(0)
+    model = mlm.MaskedLM(mlm.EncoderConfig(mask_id + 1, 64, 1, 2, 16, 32))
+    text = "Once upon a time, there was a kind girl named Lily."
+    ids = encoding.encode_ordinary(text)
+    new = si.replace_in_context(text, random.Random(0), model, encoding, mask_id)
+    assert new == si.replace_in_context(text, random.Random(0), model, encoding, mask_id) != text
+    assert "mask" not in new
+    for short in ("", "a", "Lily"):
+        assert isinstance(
+            si.replace_in_context(short, random.Random(0), model, encoding, mask_id), str
+        )
+    assert len(ids) > 6
+
+
+def test_rewrite_goes_there_and_back(tmp_path):
+    def model(prompts, *, seed, **sampling):
+        replies = []
+        for prompt in prompts:
+            text = prompt.rstrip().split("\n\n")[-1]
+            if "into French" in prompt:
+                replies.append(si.Reply("le " + text))
+            elif "into English" in prompt:
+                replies.append(si.Reply(text.removeprefix("le ") + "!", cut="long" in text))
+            else:
+                replies.append(si.Reply("" if "dog" in text else text.upper()))
+        return replies
+
+    maker = si.Maker(model, "m", 0, si.Ledger(tmp_path / "l", {}))
+    assert si.rewrite(maker, ["cat", "dog"]) == ["CAT", "dog"]
+    assert si.rewrite(maker, ["cat", "a long one"], through="French") == ["cat!", "a long one"]
+    assert si.rewrite(maker, []) == []
+
+
+# the copula
+
+
+def test_copula_both_below_is_the_bivariate_normal():
+    scipy = pytest.importorskip("scipy.stats")
+    for h, k, rho in [(0, 0, 0.5), (1, -0.5, -0.8), (-2, 1, 0.95), (0.3, 0.3, -0.999), (1, 1, 0)]:
+        wanted = scipy.multivariate_normal.cdf([h, k], [0, 0], [[1, rho], [rho, 1]])
+        assert si.both_below(h, k, rho) == pytest.approx(wanted, abs=2e-5)
+    assert si.both_below(0, 0, 0.6) == pytest.approx(0.25 + math.asin(0.6) / (2 * math.pi))
+
+
+def test_copula_keeps_shares_and_pairs():
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((4000, 1)) * [0.9, -0.7, 0.5, 0] + rng.standard_normal((4000, 4)) * 0.6
+    rows = z < [0.2, -0.5, 0.8, 0]
+    drawn = si.Copula(rows).sample(40_000, seed=1)
+    assert np.abs(drawn.mean(0) - rows.mean(0)).max() < 0.01
+    pairs, wanted = drawn.T @ drawn.astype(float), rows.T @ rows.astype(float)
+    assert np.abs(pairs / 40_000 - wanted / 4000).max() < 0.015
+    assert np.abs(wanted / 4000 - np.outer(rows.mean(0), rows.mean(0))).max() > 0.1  # not alone
+    constant = np.stack([rows[:, 0], np.ones(4000, bool), np.zeros(4000, bool)], 1)
+    drawn = si.Copula(constant).sample(4000, seed=2)
+    assert drawn[:, 1].mean() > 0.995 and drawn[:, 2].mean() < 0.005
+
+
+# formats, folds, training rows
+
+
+GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        (GOOD, None),
+        ([], "not an object"),
+        ({}, "no list"),
+        ({"messages": []}, "no list"),
+        ({"messages": [{"role": "user"}]}, "without role or content"),
+        ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "unknown key colour"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "no text"),
+        ({"messages": [{"role": "user", "content": ""}]}, "no text"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        ({"messages": ["a"]}, "without role or content"),
+    ],
+)
+def test_chat_checks(record, reason):
+    fault = si.chat_fault(record)
+    assert fault is None if reason is None else reason in fault
+
+
+def test_formats_of_all_seeds():
+    for task in SEEDS:
+        assert si.chat_fault(si.chat_record(task)) is None
+        assert set(si.alpaca_record(task)) == {"instruction", "input", "output"}
+        prompt, response = si.training_text(task)
+        assert task["instruction"] in prompt and task["input"] in prompt
+        assert response == task["output"] and "{" not in prompt
+    used = {si.training_text(task)[0].replace(task["instruction"], "").replace(task["input"], "")
+            for task in SEEDS}  # fmt: skip
+    assert len(used) > 8
+    # 3 for the reply, 3 a message, one a name, and the texts and roles
+    vocabulary = bpe.train(["a b user assistant"] * 3, 300).encoding()
+    n = sum(len(vocabulary.encode_ordinary(t)) for t in ("user", "a", "assistant", "b"))
+    assert si.count_tokens(GOOD, vocabulary) == 3 + 3 * 2 + n
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from("abcdefgh"), max_size=60), st.integers(1, 6))
+def test_folds_keep_families_together_and_are_even(ancestors, k):
+    folds = si.grouped_folds(ancestors, k)
+    assert all(
+        len({f for f, a in zip(folds, ancestors) if a == name}) == 1 for name in set(ancestors)
+    )
+    sizes = [folds.count(i) for i in range(k)]
+    largest = max(Counter(ancestors).values(), default=0)
+    assert max(sizes) - min(sizes) <= largest
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return bpe.train([text for text, _ in stories.corpus(100, seed=0)], 400)
+
+
+def test_pack_learns_responses_only(vocabulary):
+    pairs = [(f"Say {i}:", f" {'very ' * i}well") for i in range(9)] + [("x", "too long " * 99)]
+    x, y, used = si.pack(pairs, vocabulary, 40)
+    assert used == 9 and x.shape == y.shape and x.shape[1] == 40
+    encoding, end = vocabulary.encoding(), vocabulary.end
+    learned, texts = [], []
+    for row, labels in zip(x.tolist(), y.tolist()):
+        told = [i for i in labels if i != si.IGNORE]
+        learned += told
+        for place, label in enumerate(labels[:-1]):  # a label is the next input, but END's
+            if label not in (si.IGNORE, end):
+                assert row[place + 1] == label
+        texts += [encoding.decode(part) for part in split(row, end)]
+    wanted = [i for _, r in pairs[:9] for i in [*encoding.encode_ordinary(r), end]]
+    assert learned == wanted
+    assert [t for t in texts if t] == [p + r for p, r in pairs[:9]]
+    assert len(x) < 9  # rows are shared
+
+
+def split(row, end):
+    parts = [[]]
+    for i in row:
+        if i == end:
+            parts.append([])
+        else:
+            parts[-1].append(i)
+    return parts
+
+
+def test_fine_tune_learns_the_response_and_not_the_prompt(small_model):
+    model = copy.deepcopy(small_model.model)
+    x, y, _ = si.pack([("Once upon", " a time"), ("Lily", " was kind")], small_model.vocabulary, 48)
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    last = si.fine_tune(model, x, y, steps=60, batch=2, learning_rate=1e-2)
+    assert last < 0.1 * before
+    tuned = si.Checkpoint(model, small_model.vocabulary)
+    assert tuned(["Lily", "Once upon"], temperature=0.0) == [" was kind", " a time"]
+    with pytest.raises(ValueError, match="no rows"):
+        si.fine_tune(model, x[:0], y[:0], steps=1)
+
+
+def test_logit_distillation_brings_the_student_to_the_teacher(small_model):
+    """Where texts are few, soft targets tell more than the texts: KL on other texts is lower."""
+    vocabulary, teacher = small_model.vocabulary, small_model.model
+    texts = small_model([""] * 40, seed=7, max_tokens=40)
+    x, y, _ = si.pack([("", text) for text in texts[:20]], vocabulary, 48)
+    new, _, _ = si.pack([("", text) for text in texts[20:]], vocabulary, 48)
+
+    def kl(student):
+        with torch.no_grad():
+            p, q = (m(new).log_softmax(-1) for m in (teacher, student))
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    results = []
+    for options in ({}, {"teacher": teacher, "alpha": 1.0, "temperature": 1.0}):
+        torch.manual_seed(1)
+        student = gpt.GPT(teacher.config)
+        si.fine_tune(student, x, y, steps=80, batch=8, learning_rate=1e-2, **options)
+        results.append(kl(student))
+    torch.manual_seed(1)
+    assert results[1] < 0.5 * kl(gpt.GPT(teacher.config)) < results[0]
+
+
+# statistics
+
+
+def test_interval_and_paired_test_against_scipy():
+    scipy = pytest.importorskip("scipy.stats")
+    for hits, n in ((0, 20), (7, 50), (200, 200), (1, 3)):
+        ci = scipy.binomtest(hits, n).proportion_ci(method="wilson")
+        assert si.interval(hits, n) == pytest.approx((ci.low, ci.high), abs=1e-4)
+    a = [True] * 9 + [False] * 2 + [True] * 5
+    b = [False] * 9 + [True] * 2 + [True] * 5
+    assert si.paired_p(a, b) == pytest.approx(scipy.binomtest(2, 11).pvalue)
+    assert si.paired_p(a, a) == 1
+
+
+# the small world
+
+
+def test_small_world_is_part_of_the_grammar():
+    world, rng = si.SmallWorld(), random.Random(0)
+    for _ in range(60):
+        request, story = world.instruct(rng)
+        assert stories.check(*si.read_request(request), story) == []
+        assert world.fault(request) is None
+    requests = [world.instruct(rng)[0] for _ in range(100)]
+    drawn = world.draw(si.Copula(np.array([world.row(r) for r in requests])), 40, seed=0)
+    assert len(drawn) == 40 and all(world.fault(r) is None for r in drawn)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("Words: a\nStory:", "no request"),
+        ("Words: kind, park\nFeatures: \nStory:", "three words"),
+        ("Words: kind, brave, park\nFeatures: \nStory:", "three words"),
+        ("Words: kind, xyz, park\nFeatures: \nStory:", "unknown word"),
+        ("Words: kind, sunny, park\nFeatures: Love\nStory:", "unknown feature"),
+        ("Words: kind, sunny, park\nFeatures: Moral, Moral\nStory:", "unknown feature"),
+        ("Words: kind, sunny, park\nFeatures: Moral, Dialogue\nStory:", None),
+    ],
+)
+def test_request_filters(text, reason):
+    fault = si.SmallWorld().fault(text)
+    assert fault is None if reason is None else reason in fault
