@@ -922,49 +922,56 @@ def nearest_first(parents: list[dict], text: str) -> list[dict]:
     return sorted(parents, key=lambda p: -rouge_l(p["instruction"], text))
 
 
-def propose(
-    maker: Maker,
-    seeds: list[dict],
-    wanted: int,
-    settings: SelfInstruct | Alpaca,
-    prompt_of: Callable[[list[dict]], str],
-    read: Callable[[Reply], list[dict]],
-    **sampling,
-) -> list[dict]:
-    """New tasks from prompts that show some, until `wanted` are accepted: steps 1 and 2.
+class Pool:
+    """The tasks that prompts show and that new ones are compared with: seeds, then those made."""
 
-    Each is filtered, then compared with all seeds and with all that were accepted before it.
-    """
-    operator = type(settings).__name__
-    made: dict[str, dict] = {}  # the accepted, by id
-    gate, known = NoveltyGate(task["instruction"] for task in seeds), list(seeds)
+    def __init__(self, seeds: list[dict], settings: SelfInstruct | Alpaca):
+        self.seeds, self.settings = seeds, settings
+        self.made: dict[str, dict] = {}  # by id
+        self.gate = NoveltyGate(task["instruction"] for task in seeds)
 
-    def take(item: dict) -> None:
-        if item["id"] not in made:
-            made[item["id"]] = item
-            known.append(item)
-            gate.add(item["instruction"])
+    def take(self, item: dict) -> None:
+        if item["id"] not in self.made:
+            self.made[item["id"]] = item
+            self.gate.add(item["instruction"])
 
-    def show(number: int, i: int) -> list[dict]:
-        rng, own = generator(maker.seed, operator, number, i), list(made.values())
-        shots = rng.sample(own, min(settings.machine_shots, len(own)))
-        shots += rng.sample(seeds, min(settings.shots - len(shots), len(seeds)))
+    def show(self, rng: random.Random) -> list[dict]:
+        """The tasks of one prompt, shuffled: few of the model's own, the rest seeds."""
+        own = list(self.made.values())
+        shots = rng.sample(own, min(self.settings.machine_shots, len(own)))
+        shots += rng.sample(self.seeds, min(self.settings.shots - len(shots), len(self.seeds)))
         rng.shuffle(shots)
         return shots
 
-    def judge(task: dict) -> tuple[str | None, list]:
-        """The fault of a task, if it has one, and its nearest tasks so far."""
+    def judge(self, task: dict) -> tuple[str | None, list]:
+        """The fault of a new task, None for a good one; the nearest tasks, with ROUGE-L."""
         text = task["instruction"]
         fault = task.pop("fault", None) or instruction_fault(text) or repetition_fault(text)
         if not fault and "output" in task:
             fault = instance_fault(task["input"], task["output"])
-        near = [] if fault else gate.nearest(text, settings.neighbours)
-        if near and near[0][0] > settings.novelty:
+        if fault:
+            return fault, []
+        names = [known["id"] for known in (*self.seeds, *self.made.values())]
+        near = self.gate.nearest(text, self.settings.neighbours)
+        if near and near[0][0] > self.settings.novelty:
             fault = "too much like another task"
-        return fault, [[known[place]["id"], round(score, 4)] for score, place in near]
+        return fault, [[names[place], round(score, 4)] for score, place in near]
+
+
+def propose(
+    maker: Maker,
+    pool: Pool,
+    wanted: int,
+    prompt_of: Callable[[list[dict]], str],
+    read: Callable[[Reply], list[dict]],
+    **sampling,
+) -> list[dict]:
+    """New tasks, until `wanted` are accepted: steps 1 and 2. Their nearest parent comes first."""
+    operator = type(pool.settings).__name__
 
     def work(number: int) -> list[dict]:
-        shown = [show(number, i) for i in range(settings.prompts_per_request)]
+        rng = generator(maker.seed, operator, number)
+        shown = [pool.show(rng) for _ in range(pool.settings.prompts_per_request)]
         prompts = [prompt_of(shots) for shots in shown]
         items, seed = [], maker.seed_of(operator, number)
         replies = maker.ask(prompts, operator, number, **sampling)
@@ -973,21 +980,20 @@ def propose(
             if not tasks:
                 items.append(maker.item(operator, shots, prompt, "no task in the reply", seed + i))
             for task in tasks:
-                fault, near = judge(task)
-                likeness = [rouge_l(shot["instruction"], task["instruction"]) for shot in shots]
-                parents = [shots[j] for j in np.argsort(likeness, kind="stable")[::-1]]
+                fault, near = pool.judge(task)
+                parents = nearest_first(shots, task["instruction"])
                 item = maker.item(operator, parents, prompt, fault, seed + i, **task, near=near)
                 items.append(item)
                 if not fault:
-                    take(item)  # at once: the next task of this reply is compared with it
+                    pool.take(item)  # at once: the next task of this reply is compared with it
         return items
 
-    for number in range(settings.most_requests):
-        if len(made) >= wanted:
+    for number in range(pool.settings.most_requests):
+        if len(pool.made) >= wanted:
             break
         for item in accepted(maker.ledger.step(f"{operator} {number}", partial(work, number))):
-            take(item)
-    return list(made.values())
+            pool.take(item)
+    return list(pool.made.values())
 
 
 def question_prompt(seeds: list[dict], settings: SelfInstruct, instruction: str) -> str:
@@ -1062,10 +1068,17 @@ def self_instruct(
     """
     s = settings or SelfInstruct()
     tasks = propose(
-        maker, seeds, wanted, s, instruction_prompt, read_instructions,
-        temperature=s.temperature, top_p=s.top_p, presence_penalty=s.presence_penalty,
-        max_tokens=s.instruction_tokens, stop=[f"\n{s.last_number}", "\n\n"],
-    )  # fmt: skip
+        maker,
+        Pool(seeds, s),
+        wanted,
+        instruction_prompt,
+        read_instructions,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        presence_penalty=s.presence_penalty,
+        max_tokens=s.instruction_tokens,
+        stop=[f"\n{s.last_number}", "\n\n"],
+    )
 
     def work(number: int, batch: list[dict]) -> list[dict]:
         name, items = f"instances {number}", []
@@ -1156,10 +1169,16 @@ def alpaca(
     """`wanted` accepted tasks with input and output, one instance each."""
     s = settings or Alpaca()
     return propose(
-        maker, seeds, wanted, s, lambda shots: alpaca_prompt(shots, s.last_number), read_tasks,
-        temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens,
+        maker,
+        Pool(seeds, s),
+        wanted,
+        lambda shots: alpaca_prompt(shots, s.last_number),
+        read_tasks,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        max_tokens=s.max_tokens,
         stop=[f"\n{s.last_number + 1}."],
-    )  # fmt: skip
+    )
 
 
 OPERATIONS = {  # the first five are in depth; what they add is limited to 10-20 words
