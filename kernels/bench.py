@@ -243,7 +243,8 @@ def adamw_torch(p, g, m, v, steps, *_, **form) -> list[Tensor]:
 
 
 def adamw_plain(p, *others) -> list[Tensor]:
-    return adamw_torch(p, *others, foreach=True, capturable=p[0].is_cuda)
+    on_device = p[0].is_cuda or torch.compiler.is_compiling()  # steps in the compiled graph too
+    return adamw_torch(p, *others, foreach=True, capturable=on_device)
 
 
 def parameter_count(**shape) -> int:
@@ -598,7 +599,7 @@ def judge(rows: list[dict]) -> list[dict]:
             place = row["shape"] | {"pass": row["pass"]}
             if row["kernel"] == kernel and where.items() <= place.items():
                 tables.setdefault(title(row), []).append(row)
-        for name, (mine, *others) in (tables or {f"{kernel} {label(where)}": [{}]}).items():
+        for name, (mine, *others) in (tables or {f"{kernel} {label(where)}".strip(): [{}]}).items():
             value = mine.get("share")
             if against != "share":
                 ms = [r["ms"] for r in others if r["program"].startswith(against) and "ms" in r]
