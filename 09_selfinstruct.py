@@ -1638,33 +1638,30 @@ def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-SENTENCES, WORDS = 2, 8  # alternatives of a rule that the small world has, the first ones
+WORDS = 3  # choices of a slot, but for these rules: which of their alternatives are left
+CHOICES = {
+    "story": [2], "opening": [0, 1], "once": [0, 1, 2], "girl": [0], "boy": [0], "habit": [0, 1],
+    "setting": [0, 1], "day": [1], "gather": [0, 1, 3], "number": [0], "share": [3],
+    "recount": [1], "close": [1], "count moral": [0, 1],
+}  # fmt: skip
+KINDS = ("trait", "weather", "place", "container", "friend", "animal")  # of words to ask for
 
 
 class SmallWorld:
-    """Part of the grammar of data/stories: one form of story, of sharing, and fewer choices.
+    """A part of the grammar of data/stories that a small model learns in a minute or two.
 
-    What it tells the whole grammar can tell, so `stories.check` judges it. The whole is too much
-    for a model that trains in a minute.
+    One form of story, of sharing, in which little of what is said has to be said again. What it
+    tells the whole grammar can tell, so `stories.check` judges it.
     """
 
     def __init__(self):
-        self.rules = {rule: self.some(rule, parts) for rule, parts in stories.RULES.items()}
-        self.kind = {}  # of each word that can be asked for
-        for rule, values in self.rules.items():
-            kind = rule.split(" @")[0]
-            if kind in stories.ASKABLE:
-                self.kind |= {value[0]: kind for value in values}
-        self.words = {kind: sorted(w for w, k in self.kind.items() if k == kind)
-                      for kind in stories.ASKABLE}  # fmt: skip
+        self.rules = {}
+        for rule, alternatives in stories.RULES.items():
+            few = [1] if rule.startswith("items @") else range(min(WORDS, len(alternatives)))
+            self.rules[rule] = [alternatives[i] for i in CHOICES.get(rule, few)]
+        self.words = {kind: [value[0] for value in self.rules[kind]] for kind in KINDS}
+        self.kind = {word: kind for kind, words in self.words.items() for word in words}
         self.features = [*stories.FEATURES, "Dialogue", "Moral"]
-
-    @staticmethod
-    def some(rule: str, alternatives: list) -> list:
-        if rule == "story":
-            return alternatives[2:3]
-        sentences = any(len(parts) > 1 for parts in alternatives) or rule.endswith("moral")
-        return alternatives[: SENTENCES if sentences else WORDS]
 
     def story(self, rng: random.Random) -> str:
         pieces, memory = [], {}
@@ -1686,7 +1683,7 @@ class SmallWorld:
         """A request and a story that fulfils it, as in data/stories.instruct."""
         story = self.story(rng)
         derivation = stories.parse(story)
-        words = [derivation.memory[k] for k in stories.ASKABLE if k in derivation.memory]
+        words = [derivation.memory[kind] for kind in KINDS]
         found = stories.features_of(story, derivation)
         return self.request(rng.sample(words, 3), [f for f in found if rng.random() < 0.7]), story
 
@@ -1698,13 +1695,13 @@ class SmallWorld:
         """Which kinds of words and which features a request asks for: a row for the copula."""
         words, features = read_request(request)
         kinds = {self.kind[word] for word in words}
-        return [k in kinds for k in stories.ASKABLE] + [f in features for f in self.features]
+        return [k in kinds for k in KINDS] + [f in features for f in self.features]
 
     def draw(self, copula: Copula, count: int, seed: int) -> list[str]:
         """Requests with the copula's attributes; those that have not three words are passed by."""
-        requests, rng, n = [], generator("draw", seed), len(stories.ASKABLE)
+        requests, rng, n = [], generator("draw", seed), len(KINDS)
         for row in copula.sample(20 * count, seed):
-            kinds = [k for k, on in zip(stories.ASKABLE, row[:n]) if on]
+            kinds = [k for k, on in zip(KINDS, row[:n]) if on]
             if len(kinds) == 3 and len(requests) < count:
                 words = [rng.choice(self.words[kind]) for kind in kinds]
                 rng.shuffle(words)
@@ -1779,9 +1776,9 @@ class Config:
     dollars: float = 5.0  # likewise, by the two prices
     dollars_per_million_in: float = 0.0
     dollars_per_million_out: float = 0.0
-    base_texts: int = 6000  # of the experiment: texts that the base model learns from,
-    base_share: float = 0.25  # of which so many have the request that belongs to the story
-    base_steps: int = 700  # of 8 rows
+    base_texts: int = 6000  # of the experiment: stories that the base model learns from,
+    base_share: float = 0.35  # this share of them under the request that they fulfil
+    base_steps: int = 400  # of 8 rows
     rounds: int = 2
     requests: int = 300  # new ones a round
     samples: int = 4  # stories written for each
@@ -1805,14 +1802,18 @@ class Config:
 
 
 def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
-    """A model that knows stories, but has mostly seen them under somebody else's request."""
+    """A model that knows stories, but has mostly seen them under somebody else's request.
+
+    06 trains it, where it is not in the folder already. Text from the web is like this: what
+    stands above another text is seldom what the other was written for.
+    """
     if not (folder / "base" / "config.json").exists():
-        rng = generator(config.seed, "base")
-        pairs = [world.instruct(rng) for _ in range(config.base_texts)]
-        texts = [
-            (request if rng.random() < config.base_share else rng.choice(pairs)[0]) + " " + story
-            for request, story in pairs
-        ]
+        rng, texts = generator(config.seed, "base"), []
+        for _ in range(config.base_texts):
+            request, story = world.instruct(rng)
+            if rng.random() >= config.base_share:
+                request, _ = world.instruct(rng)
+            texts.append(f"{request} {story}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "base.txt").write_text("<|endoftext|>".join(texts))
     wanted = training.Config(
@@ -1894,45 +1895,55 @@ def experiment(config: Config) -> int:
     settings = {k: v for k, v in asdict(config).items() if k != "out"}
     ledger = Ledger(folder / "ledger.jsonl", settings)
     base = base_model(config, world, folder)
-    rng = generator(config.seed, "seeds")
-    tests = [world.instruct(rng)[0] for _ in range(config.held_out)]
-    seeds = [world.instruct(rng)[0] for _ in range(150)]
+    rng = generator(config.seed, "requests")
+    tests, seeds = ([world.instruct(rng)[0] for _ in range(n)] for n in (config.held_out, 150))
     gate = NoveltyGate([*tests, *seeds])
-    model, pool, results = base, [], {"base": assess(base, tests)}
+    results, sets, pool, model = {"base": assess(base, tests)}, {}, [], base
     for number in range(1, config.rounds + 1):
         maker = Maker(model, f"round {number - 1}", config.seed, ledger)
         requests = invent_requests(maker, world, number, config.requests, seeds, gate)
         items = story_items(maker, f"stories {number}", requests, config.samples)
-        made = ledger.steps[f"requests {number}"]
-        for kind, entries in (("requests", made), ("stories", items)):
+        for kind, entries in (("requests", ledger.steps[f"requests {number}"]), ("stories", items)):
             reasons = collections.Counter(e["reason"] for e in entries if e["reason"])
-            print(
-                f"round {number}: {len(entries)} {kind}, {len(accepted(entries))} accepted; "
-                + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(6))
-            )
-        if number == 1:
-            unfiltered = items[:: config.samples]
+            print(f"round {number}  {len(entries)} {kind}, {len(accepted(entries))} accepted; "
+                  + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))  # fmt: skip
         pool += accepted(items)
+        sets[f"round {number}: {len(pool)} filtered"] = list(pool)
+        if number == 1:  # as many of the first stories written, whatever they are; and true ones
+            sets[f"{len(pool)} unfiltered"] = rng.sample(items[:: config.samples], len(pool))
+            real = [dict(zip(("instruction", "output"), world.instruct(rng))) for _ in pool]
+            sets[f"{len(pool)} of the grammar"] = real
         model = trained(base, pool, config)
-        results[f"round {number}"] = assess(model, tests)
-    # the same number of stories, unfiltered
-    rng = generator(config.seed, "unfiltered")
-    count = min(len(pool), len(unfiltered))
-    same = rng.sample(pool, count)
-    results[f"{count} filtered"] = assess(trained(base, same, config), tests)
-    some = rng.sample(unfiltered, count)
-    results[f"{count} unfiltered"] = assess(trained(base, some, config), tests)
-    real = [dict(zip(("instruction", "output"), world.instruct(rng))) for _ in range(len(pool))]
-    results[f"{len(pool)} of the grammar"] = assess(trained(base, real, config), tests)
+        results[f"round {number}: {len(pool)} filtered"] = assess(model, tests)
+    for name, some in sets.items():
+        if name not in results:
+            results[name] = assess(trained(base, some, config), tests)
 
-    print("\nmodel                 followed  95% interval    sound   distinct-2  self-BLEU   Vendi")
+    print(f"\n{'trained on':22}followed  95% interval    sound  distinct-2  self-BLEU   Vendi")
     for name, result in results.items():
         report(name, result)
-    last = results[f"round {config.rounds}"]["followed"]
-    gain = (sum(last) - sum(results["base"]["followed"])) / len(tests)
-    p = paired_p(*(results[f"{count} {how}"]["followed"] for how in ("filtered", "unfiltered")))
-    print(f"\ngain {gain:+.1%}; filtered against unfiltered, McNemar: p = {p:.1e}")
-    return 0
+    return conclude(results, tests)
+
+
+def conclude(results: dict[str, dict], tests: list[str]) -> int:
+    """Prints an example and whether what the method promises is true here."""
+    names = list(results)
+    base, last = results["base"], results[[n for n in names if n.startswith("round")][-1]]
+    place = next((i for i, (a, b) in enumerate(zip(base["followed"], last["followed"]))
+                  if b and not a), 0)  # fmt: skip
+    print(f"\n{tests[place]}\nbefore: {base['texts'][place]}\nafter: {last['texts'][place]}\n")
+    gain = (sum(last["followed"]) - sum(base["followed"])) / len(tests)
+    filtered, unfiltered = results[names[1]]["followed"], results[names[-2]]["followed"]
+    p, better = paired_p(filtered, unfiltered), sum(filtered) > sum(unfiltered)
+    kept = distinct_n(last["texts"], 2) / max(1e-9, distinct_n(base["texts"], 2))
+    claims = {
+        f"requests followed rise by {100 * gain:.0f} points, wanted 20": gain >= 0.2,
+        f"filtered data beat unfiltered, exact McNemar p = {p:.1e}": better and p < 0.05,
+        f"distinct-2 is {kept:.2f} of the base model's, wanted 0.8": kept >= 0.8,
+    }
+    for claim, holds in claims.items():
+        print(("ok: " if holds else "does not hold: ") + claim)
+    return 0 if all(claims.values()) else 1
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:

@@ -269,7 +269,7 @@ def test_endpoint_waits_as_long_as_it_is_told(serve, tmp_path):
         endpoint(server, tmp_path / "b")(["a"])
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 307])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 302, 307])
 def test_endpoint_gives_up_where_no_try_will_help(serve, tmp_path, status):
     server = serve([(status, {"Location": "http://127.0.0.1:1/"})] * 3)
     with pytest.raises(si.BackendError, match=f"status {status}"):
@@ -478,6 +478,11 @@ def test_gate_finds_the_nearest_exactly(pool, text, count, above):
     scores = [(-si.rouge_l(a, text), i) for i, a in enumerate(pool)]
     wanted = sorted(x for x in scores if -x[0] > above)[:count]
     assert si.NoveltyGate(pool).nearest(text, count, above) == [(-s, i) for s, i in wanted]
+
+
+def test_gate_of_equal_scores_the_earlier_wins_though_its_bound_is_lower():
+    gate = si.NoveltyGate(["a b c x y", "d a b c x"])  # three in order each; bounds 3 and 4
+    assert gate.nearest("a b c d") == [(si.rouge_l("a b c x y", "a b c d"), 0)]
 
 
 def test_gate_compares_few():
