@@ -1151,3 +1151,64 @@ def test_small_world_is_part_of_the_grammar():
 def test_request_filters(text, reason):
     fault = si.SmallWorld().fault(text)
     assert fault is None if reason is None else reason in fault
+
+
+# the command
+
+
+def test_command_against_a_server_accepts_the_known_set(serve, tmp_path, capsys):
+    """The server plays the scripted model, and loses two answers. Then again, for free."""
+    script = Script()
+
+    def reply(body):
+        text = script.reply(body["messages"][0]["content"], body["seed"])
+        return completion(str(text), "length" if text.cut else "stop")
+
+    server = serve([(429, {"Retry-After": "0.1"}), b"broken"], reply=reply)
+    argv = ["--mode", "self-instruct", "--endpoint", server.url, "--model", "tiny",
+            "--wanted", "12", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert si.main(argv) == 0
+    asked = len(server.seen)
+    wanted, _ = make(tmp_path / "direct", Script())
+    lines = (tmp_path / "run" / "alpaca.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [si.alpaca_record(item) for item in wanted]
+    chat = (tmp_path / "run" / "chat.jsonl").read_text().splitlines()
+    assert all(si.chat_fault(json.loads(line)) is None for line in chat) and len(chat) == len(lines)
+    ledger = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    assert si.main(argv) == 0
+    assert len(server.seen) == asked
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == ledger
+    (tmp_path / "run" / "ledger.jsonl").unlink()  # the answers are kept apart from it
+    assert si.main(argv) == 0
+    assert len(server.seen) == asked
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == ledger
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--mode", "nonsense"], "wanted one of"),
+        (["--mode", "alpaca"], "give --endpoint"),
+        (["--mode", "alpaca", "--endpoint", "http://localhost:9/v1"], "give the --model"),
+        (["--mode", "alpaca", "--endpoint", "http://h/v1", "--model", "m"], "OPENAI_API_KEY"),
+        (["--mode", "alpaca", "--checkpoint", "OUT/none"], "no checkpoint"),
+        (["--mode", "alpaca", "--checkpoint", "x", "--seeds", "OUT/none"], "No such file"),
+        (["--wanted", "0"], "wanted >= 1"),
+    ],
+)
+def test_bad_input_is_one_line(argv, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    argv = [a.replace("OUT", str(tmp_path)) for a in [*argv, "--out", "OUT/run"]]
+    assert si.main(argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_experiment_without_a_single_good_story_says_so(tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--base-texts", "200", "--base-steps", "2", "--requests", "6",
+            "--samples", "1", "--held-out", "4", "--rounds", "1"]  # fmt: skip
+    assert si.main(argv) == 2
+    assert "no rows to train on" in capsys.readouterr().err
+    ledger = (tmp_path / "ledger.jsonl").read_bytes()
+    assert si.main(argv) == 2  # goes on from the base model and the ledger
+    assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
