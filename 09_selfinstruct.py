@@ -24,7 +24,32 @@ answers that were checked: STaR, Zelikman et al. 2022 (2203.14465); ROUGE-L: Lin
 Hyyro 2004; MinHash: Broder 1997; EDA: Wei & Zou 2019 (1901.11196); AEDA: Karimi et al. 2021
 (2108.13230); logit distillation: Hinton et al. 2015 (1503.02531).
 
-    python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME --dollars 2
+Run: `python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME --dollars 2` makes
+data with any server. `python 09_selfinstruct.py` is the experiment, offline (CPU, 4 minutes on one
+core of an AMD EPYC (Zen 3)): a small model of stories writes requests and stories for itself, and
+learns from those that the grammar says were fulfilled. From seed 0 it prints
+
+    round 1  200 requests, 178 accepted; 14 too much like another request, ...
+    round 1  712 stories, 27 accepted; 666 a word is missing, 18 a feature is missing, ...
+    round 2  200 requests, 148 accepted; 25 too much like another request, ...
+    round 2  592 stories, 31 accepted; 537 a word is missing, ..., 10 breaks a rule, ...
+
+    trained on            followed  95% interval    sound  distinct-2  self-BLEU   Vendi
+    base                     3.5%   1.7% -  7.0%   100.0%      0.015      1.000     2.8
+    round 1: 27 filtered     7.5%   4.6% - 12.0%    87.5%      0.020      0.984     2.9
+    round 2: 58 filtered     7.5%   4.6% - 12.0%    93.0%      0.018      0.991     2.7
+    27 unfiltered            1.5%   0.5% -  4.3%    59.0%      0.041      0.953     4.2
+    27 of the grammar        5.5%   3.1% -  9.6%    73.5%      0.027      0.974     3.3
+
+    does not hold: requests followed rise by 4 points, wanted 20
+    ok: filtered data beat unfiltered, exact McNemar p = 4.2e-03
+    ok: distinct-2 is 1.23 of the base model's, wanted 0.8
+
+and ends with status 1. A filter can only select what is there. The base model tells faultless
+stories, but it has not learned to look back at the request in its 600 steps: it hits three words
+out of three kinds by chance (1/27 = 3.7%), so what passes is mostly luck, and too little of it to
+learn copying from. Nor do 27 stories of the grammar itself teach it. The same shape needs longer:
+with every request fitting, 480 steps of 8 rows brought 10 of 100.
 """
 
 from __future__ import annotations
@@ -1778,11 +1803,11 @@ class Config:
     dollars_per_million_out: float = 0.0
     base_texts: int = 6000  # of the experiment: stories that the base model learns from,
     base_share: float = 0.35  # this share of them under the request that they fulfil
-    base_steps: int = 400  # of 8 rows
+    base_steps: int = 600  # of 8 rows
     rounds: int = 2
-    requests: int = 300  # new ones a round
+    requests: int = 200  # new ones a round
     samples: int = 4  # stories written for each
-    steps: int = 100  # of fine-tuning, 16 rows each
+    steps: int = 60  # of fine-tuning, 16 rows each
     held_out: int = 200  # requests of the test
 
     def __post_init__(self):
