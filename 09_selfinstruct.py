@@ -25,7 +25,7 @@ Hyyro 2004; MinHash: Broder 1997; EDA: Wei & Zou 2019 (1901.11196); AEDA: Karimi
 (2108.13230); logit distillation: Hinton et al. 2015 (1503.02531).
 
 Run: `python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME --dollars 2` makes
-data with any server. `python 09_selfinstruct.py` is the experiment, offline (CPU, 4 minutes on one
+data with any server. `python 09_selfinstruct.py` is the experiment, offline (CPU, 3 minutes on one
 core of an AMD EPYC (Zen 3)): a small model of stories writes requests and stories for itself, and
 learns from those that the grammar says were fulfilled. From seed 0 it prints
 
