@@ -44,20 +44,20 @@ Run: `python 02_mlm.py` (CPU, 50 s on one core of an AMD EPYC (Zen 3)) prints, f
     2800 beginnings of stories, 74.8 tokens each, V = 396
     two models of one shape, 254 GFLOP each; nats per label on held-out rows
     objective    steps   labels   nats
-    masked         700  167,583  1.483
+    masked         700  167,583  1.507
     next token     596  356,712  0.608, achievable 0.491
     one blank in each of 200 held-out rows    nats   right
-      masked                                1.431   63.0%
+      masked                                1.443   62.0%
       next token, left side only            0.575   77.5%
       next token, 8 guesses reranked                87.5%
       achievable: the grammar               0.281   90.3%
     fillings by the masked model, with the grammar's probability in brackets
       ... museum. Lily held [MASK] yellow drum tight, but somewhere along ...
-        held 23% (0%)  her 22% (100%)  his 8% (0%)  shiny 5% (0%); all 1 possible: 22% (100%)
+        her 38% (100%)  held 23% (0%)  his 19% (0%)  took 2% (0%); all 1 possible: 38% (100%)
       ... held her yellow [MASK] tight, but somewhere along the way ...
-        tight 23% (0%)  , 5% (0%)  mirror 4% (4%)  silver 3% (0%); all 24 possible: 44% (100%)
+        tight 7% (0%)  silver 4% (0%)  red 4% (0%)  shiny 4% (0%); all 24 possible: 53% (100%)
       ... along the way [MASK] was lost. She looked in every ...
-        it 42% (100%)  way 27% (0%)  was 22% (0%)  lost 5% (0%); all 1 possible: 42% (100%)
+        it 67% (100%)  way 15% (0%)  was 14% (0%)  lost 1% (0%); all 1 possible: 67% (100%)
     ok: no loss is below what the grammar allows, and most blanks are filled right
 """
 
@@ -123,7 +123,7 @@ class Scheme:
     mask_share: float = 0.8  # of the chosen become the mask id,
     random_share: float = 0.1  # a random ordinary id; the rest stays as it is
     at_least_one: bool = False  # a row without a label gets one, if it has a candidate
-    cap: int | None = None  # the most units that are chosen of a row (BERT: 20 of 128 tokens)
+    cap: int | None = None  # the most units chosen of a row (BERT: 20), but for at_least_one
 
     def __post_init__(self):
         for name, wanted in (
@@ -197,8 +197,8 @@ def mask_row(
         k = max(1, round(wanted))
     else:
         k = math.ceil(wanted) if scheme.count == "ceil" else math.floor(wanted + u)
-    k = max(k, int(scheme.at_least_one))
     k = k if scheme.cap is None else min(k, scheme.cap)
+    k = max(k, int(scheme.at_least_one))
 
     if scheme.unit == "span":
         chosen = choose_spans(word, min(k, np.count_nonzero(candidate)), rng)
@@ -206,7 +206,8 @@ def mask_row(
     else:
         chosen = np.isin(word, rng.permutation(n_words)[:k])  # all of them if k exceeds n_words
         group = word
-    fate = rng.random(len(row) + 1)[group]  # (T,) decided once for a group
+    # (T,) decided once for a group; as many draws as groups, however long the row is padded
+    fate = rng.random(group.max(initial=-1) + 2)[group]
     masked = chosen & (fate < scheme.mask_share)
     swapped = chosen & ~masked & (fate < scheme.mask_share + scheme.random_share)
     inputs = np.where(masked, vocabulary.mask_id, row)
@@ -283,7 +284,7 @@ def mask_tokens(
         return inputs.to(device), labels.to(device)
     require(generator is None, "generator", generator, "None but for 'hf'; give seed, epoch, index")
     require(index is not None, "index", index, "the number of each row in the data set")
-    rows = ids.numpy().reshape(-1, ids.shape[-1])
+    rows = np.atleast_2d(ids.numpy())
     keys = np.atleast_1d(np.asarray(index)).tolist()
     require(len(keys) == len(rows), "len(index)", len(keys), f"{len(rows)}, one for each row")
     for name, value in (("seed", seed), ("epoch", epoch), ("index", min(keys, default=0))):
@@ -376,6 +377,8 @@ class Encoder(nn.Module):
 
         What comes out at padding means nothing; nobody else looks there.
         """
+        good = real is None or real.dtype == torch.bool  # numbers would be added to the scores
+        require(good, "real.dtype", None if real is None else real.dtype, "torch.bool")
         visible = None if real is None else real[:, None, None, :]  # (B, 1, 1, T), for every query
         if self.config.causal:
             T = ids.shape[1]
@@ -439,7 +442,8 @@ def grow_vocabulary(model: MaskedLM, vocab_size: int) -> None:
     old = model.encoder.embedding.token.weight.detach()
     more = vocab_size - len(old)
     require(more >= 0, "vocab_size", vocab_size, f"at least the present {len(old)}")
-    rows = torch.cat((old, 0.02 * torch.randn(more, old.shape[1]).to(old)))
+    std = 0.5 / math.sqrt(old.shape[1])  # as in `initialize`
+    rows = torch.cat((old, std * torch.randn(more, old.shape[1]).to(old)))
     model.encoder.embedding.token = nn.Embedding.from_pretrained(rows, freeze=False)
     model.bias = nn.Parameter(F.pad(model.bias.detach(), (0, more)))
     model.encoder.config = replace(model.encoder.config, vocab_size=vocab_size)
@@ -485,6 +489,7 @@ def pseudo_perplexity(model: MaskedLM, ids: Tensor, positions: Tensor, mask_id: 
     Not a perplexity: these conditionals need not be those of any distribution over rows, and each
     sees its right side too. It ranks texts under one model.
     """
+    require(len(positions) > 0, "positions", positions, "at least one: nothing has no perplexity")
     log_p = fill_in(model, ids, positions, mask_id)
     return loss.perplexity(cross_entropy(log_p, ids[positions]).item())
 

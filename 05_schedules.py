@@ -127,7 +127,9 @@ def length(name: str, value: float, total: float) -> float:
     Raises: ValueError unless the length is from 0 to `total`, and whole if it is a count.
     """
     if not isinstance(value, numbers.Integral) and 0 <= value <= 1:
-        return value * total
+        count = value * total
+        whole = round(count)  # 0.56 * 100 is 56.00000000000001
+        return whole if math.isclose(count, whole, rel_tol=1e-12) else count
     wanted = f"a whole number from 0 to total={total}, or a share of it as a float up to 1.0"
     require(0 <= value <= total and value == int(value), name, value, wanted)
     return value
@@ -495,6 +497,10 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                     group[name] = value
         self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
 
+    def get_lr(self) -> list[float]:
+        """Rates of the next update: torch's SequentialLR asks where one schedule ends."""
+        return [base["lr"] * self.multipliers["lr"](self.last_epoch) for base in self.bases]
+
     def state_dict(self) -> dict:
         return {"last_epoch": self.last_epoch}
 
@@ -668,12 +674,16 @@ def lr_range_test(
     bases = [float(group["lr"]) for group in optimizer.param_groups]
     require(max(bases) > 0, "lr", max(bases), "above 0 in a group of the optimiser")
     rates, losses, smoothed, average = [], [], [], 0.0
+    inside = {id(p) for p in model.parameters()}
+    outside = sum(id(p) not in inside for g in optimizer.param_groups for p in g["params"])
+    require(outside == 0, "optimizer", f"{outside} parameters", "all of model, which is restored")
     with restored(model, optimizer):
         for k in range(steps):
             loss = closure()
             rates.append(low * (high / low) ** (k / steps))
             losses.append(loss.item())
-            require(math.isfinite(losses[0]), "loss", losses[0], "finite on the first batch")
+            good = 0 < losses[0] < math.inf
+            require(good, "loss", losses[0], "above 0 and finite on the first batch")
             average = 0.98 * average + 0.02 * losses[-1]
             smoothed.append(average / (1 - 0.98 ** (k + 1)))
             if not smoothed[-1] <= 4 * min(smoothed):  # true of nan as well

@@ -114,10 +114,11 @@ def orthogonalise(
     Args: matrix (..., M, N) float, each one by itself; it is not changed.
     Returns: the same shape and dtype. On GPUs the products are in bfloat16, elsewhere in float32
     (float64 for float64). A zero matrix stays zero; one with a norm below eps stays small.
-    Raises: ValueError for fewer than two axes.
+    Raises: ValueError for fewer than two axes, and for integers and complex numbers.
     """
-    if matrix.ndim < 2:
-        raise ValueError(f"matrix of shape {tuple(matrix.shape)} must have two or more axes")
+    if matrix.ndim < 2 or not matrix.is_floating_point():
+        shape = tuple(matrix.shape)
+        raise ValueError(f"matrix of {matrix.dtype}, shape {shape} must have two or more axes, real")
     a, b, c = coefficients
     wide = matrix.size(-2) <= matrix.size(-1)
     X = matrix if wide else matrix.mT  # A = X X^T is then the smaller of the two
@@ -176,6 +177,12 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"{name}={values[name]} must be finite and at least 0")
         if not 0 <= values["momentum"] < 1:
             raise ValueError(f"momentum={values['momentum']} must be in [0, 1)")
+        if not 0 < values["eps"] < math.inf:
+            raise ValueError(f"eps={values['eps']} must be finite and above 0")
+        if not 1 <= values["ns_steps"] < 100:
+            raise ValueError(f"ns_steps={values['ns_steps']} must be from 1 to 99")
+        if len(values["ns_coefficients"]) != 3:
+            raise ValueError(f"ns_coefficients={values['ns_coefficients']} must be three numbers")
         if values["adjust_lr_fn"] not in (None, *SCALES):
             wanted = ", ".join(map(repr, SCALES))
             raise ValueError(f"adjust_lr_fn={values['adjust_lr_fn']!r} must be one of {wanted}")
@@ -184,6 +191,7 @@ class Muon(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p.ndim != 2 or not p.is_floating_point():
                 name = group.get("param_names", {i: f"number {i}"})[i]
+                self.param_groups.pop()  # a caller who catches this goes on without the group
                 raise ValueError(
                     f"parameter {name} is {p.dtype} of shape {tuple(p.shape)} and must be a real "
                     "matrix; give it to AdamW (split_parameters does)"
@@ -232,14 +240,18 @@ def split_parameters(
 ) -> tuple[Named, Named]:
     """The hidden matrices, for Muon, and everything else, for AdamW: two lists of (name, p).
 
-    A hidden matrix has two axes, and its name contains none of `outer`: what embeddings and heads
-    are called here, in GPT-2 and in Llama. A model with other names needs others, so look at what
-    comes out. Parameters with requires_grad=False are left out.
+    A hidden matrix has two axes, both above 1, and no part of its dotted name begins or ends with a
+    word of `outer`: what embeddings and heads are called here, in GPT-2 and in Llama ("lm_head",
+    not "multihead_attn"). A model with other names, T5's "shared" or BERT's "classifier", needs
+    others: look at what comes out. Parameters with requires_grad=False are left out. GPT-2's Conv1D
+    in transformers stores its matrices as (in, out), where "original" means (out, in).
     """
     hidden, rest = [], []
     for name, p in named_parameters:
         if p.requires_grad:
-            is_hidden = p.ndim == 2 and not any(part in name for part in outer)
+            parts = name.split(".")
+            is_outer = any(part.startswith(outer) or part.endswith(outer) for part in parts)
+            is_hidden = p.ndim == 2 and min(p.shape) > 1 and not is_outer
             (hidden if is_hidden else rest).append((name, p))
     return hidden, rest
 

@@ -781,3 +781,40 @@ def test_import_prints_nothing_and_draws_nothing():
     folder = Path(mlm.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("scheme", KEYED)
+@pytest.mark.parametrize("before, behind", [(0, 7), (5, 0), (3, 4)])
+def test_mask_tokens_does_not_depend_on_padding(scheme, before, behind):
+    vocabulary = mlm.Vocabulary(1000, 1, (2, 3), pad_id=0)
+    row = torch.arange(10, 50)
+    padded = torch.nn.functional.pad(row, (before, behind))
+    for index in range(100):
+        inputs, labels = mlm.mask_tokens(row, scheme, vocabulary, index=index)
+        inputs2, labels2 = mlm.mask_tokens(padded, scheme, vocabulary, index=index)
+        assert torch.equal(inputs2[before : before + 40], inputs)
+        assert torch.equal(labels2[before : before + 40], labels)
+
+
+def test_mask_tokens_of_no_tokens_and_at_least_one_beyond_the_cap():
+    vocabulary = mlm.Vocabulary(100, 1)
+    empty = torch.zeros(2, 0, dtype=torch.int64)
+    assert mlm.mask_tokens(empty, "bert", vocabulary, index=[0, 1])[0].shape == (2, 0)
+    assert mlm.mask_tokens(empty[0], "span", vocabulary, index=0)[0].shape == (0,)
+    row = torch.arange(10, 30)
+    _, labels = mlm.mask_tokens(row, "bert", vocabulary, index=0, cap=0, at_least_one=True)
+    assert (labels >= 0).sum() == 1
+
+
+def test_padding_as_numbers_and_no_positions_are_refused():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=20, seq_len=8, n_layer=1, n_head=2, d_model=16, d_mlp=32)
+    model = mlm.MaskedLM(mlm.EncoderConfig(**shape))
+    ids = torch.arange(4, 10)
+    with pytest.raises(ValueError, match="real.dtype"):
+        model(ids[None], torch.ones(1, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="positions"):
+        mlm.pseudo_perplexity(model, ids, ids[:0], 1)
+    mlm.grow_vocabulary(model, 2020)
+    new = model.encoder.embedding.token.weight[20:]
+    assert new.std().item() == pytest.approx(0.5 / 4, rel=0.05)

@@ -772,7 +772,7 @@ def test_range_test_stops_where_the_loss_is_not_finite():
     )
     assert result.losses[:3] == [1.0, 0.9, 0.8] and len(result.losses) == 4
     assert result.diverging == result.rates[2]
-    with pytest.raises(ValueError, match="loss=inf must be finite on the first batch"):
+    with pytest.raises(ValueError, match="loss=inf must be above 0 and finite on the first batch"):
         schedules.lr_range_test(lambda: model.weight.sum() + math.inf, model, stepped)
     falling = schedules.lr_range_test(*quadratic([1.0]), high=1.0)
     assert falling.diverging is None and len(falling.rates) == 100
@@ -796,7 +796,9 @@ def test_range_test_rates_and_averages_are_those_of_fastai():
 def test_range_test_keeps_the_proportion_of_the_groups():
     closure, model, _ = quadratic([1.0, 1.0])
     other = torch.nn.Parameter(torch.ones(1))
-    stepped = torch.optim.SGD([{"params": model.parameters(), "lr": 0.1}, {"params": [other]}], 0.4)
+    model.register_parameter("other", other)
+    own = [p for p in model.parameters() if p is not other]
+    stepped = torch.optim.SGD([{"params": own, "lr": 0.1}, {"params": [other]}], 0.4)
     seen = []
 
     def watched():
@@ -1021,3 +1023,42 @@ def test_plot_saves_a_picture(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     schedules.save_picture(str(tmp_path / "x.png"), total=60, warmup=3)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("total", [100, 1000, 10_000])
+def test_a_share_that_is_a_whole_number_of_steps_is_that_number(total):
+    for percent in range(1, 100):
+        share, count = percent / 100, percent * total // 100
+        at = count + (total - count) // 2
+        for step in (count, at, total - 1):
+            for name in ("cosine_with_restarts", "wsd", "inverse_sqrt"):
+                schedule = schedules.SCHEDULES[name]
+                assert schedule(step, total, share) == schedule(step, total, count)
+        assert [
+            schedules.batch_size(step, total, 8, 64, over=share, multiple=8)
+            for step in (count - 1, count)
+        ] == [schedules.batch_size(step, total, 8, 64, over=count, multiple=8)
+              for step in (count - 1, count)]  # fmt: skip
+
+
+def test_scheduler_works_inside_torchs_sequential():
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        parts = [make(optimizer, partial(schedules.cosine, total=10)),
+                 make(optimizer, partial(schedules.linear, total=10))]  # fmt: skip
+        whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+        seen = []
+        for _ in range(8):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            whole.step()
+        return seen
+
+    assert rates(schedules.Scheduler) == pytest.approx(rates(torch.optim.lr_scheduler.LambdaLR))
+
+
+def test_lr_range_test_refuses_an_optimizer_of_more_than_the_model():
+    one, two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="2 parameters"):
+        schedules.lr_range_test(lambda: one(torch.ones(2)).square().sum(), one, optimizer)

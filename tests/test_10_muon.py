@@ -382,3 +382,40 @@ def test_file_runs_alone(tmp_path):
         env=os.environ | {"PYTHONPATH": ""},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"eps": 0.0}, "eps=0.0"),
+        ({"ns_steps": 0}, "ns_steps=0"),
+        ({"ns_steps": 200}, "from 1 to 99"),
+        ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
+    ],
+)
+def test_muon_names_wrong_constants(values, word):
+    with pytest.raises(ValueError, match=word):
+        module.Muon([nn.Parameter(torch.ones(2, 3))], **values)
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    w = nn.Parameter(torch.ones(2, 3))
+    optimizer = module.Muon([w])
+    with pytest.raises(ValueError, match="must be a real"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_split_parameters_takes_names_by_their_parts():
+    shapes = {"lm_head.weight": (4, 4), "embed_tokens.weight": (4, 4), "verdict.weight": (1, 4)}
+    shapes |= {"block.multihead_attn.weight": (4, 4), "block.bias": (4,)}
+    named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    hidden, _ = module.split_parameters(named)
+    assert [name for name, _ in hidden] == ["block.multihead_attn.weight"]
+
+
+def test_orthogonalise_refuses_integers():
+    with pytest.raises(ValueError, match="torch.int64"):
+        module.orthogonalise(torch.ones(2, 2, dtype=torch.int64))
