@@ -151,7 +151,8 @@ class Config:
     min_p: float = 0.1  # of samples: tokens less likely than this share of the likeliest are cut
 
     def __post_init__(self):
-        for name in ("seq_len", "story_count", "batch_size", "accumulate", "max_steps"):
+        check(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2: a token and the next")
+        for name in ("story_count", "batch_size", "accumulate", "max_steps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -402,9 +403,9 @@ def prepare(config: Config) -> Data:
     return Data(vocabulary, train, val, about_train, about_val)
 
 
-# The run folder: config.json, vocabulary.json, metrics.jsonl, lock, step-STEP-CHECKSUM.pt
+# The run folder: config.json, vocabulary.json, metrics.jsonl, step-STEP-CHECKSUM.pt
 
-STARTED = {"lock", "config.json.part"}  # all that a run killed at its start may have left
+STARTED = {"config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
 MAY_CHANGE |= {"implementation", "deterministic"}
@@ -463,11 +464,14 @@ def check_folder(config: Config) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds folder/lock, so that no other run writes here; the system releases it, come what may.
+    """Holds FOLDER.lock, so that no other run writes there; the system releases it, come what may.
 
-    Raises: RunError when another process holds it.
+    It lies beside the folder: one that is removed in mid-run stays locked. Raises: RunError when
+    another process holds it.
     """
-    with open(folder / "lock", "w") as file:
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -908,8 +912,6 @@ def train(config: Config) -> dict[str, float]:
     run.started = started
     meter = Meter(gpt.flops_per_token(run.model.config), peak_tflops(device))
     describe(run, data, source, reason)
-    folder.mkdir(parents=True, exist_ok=True)
-
     with locked(folder), signals_noted() as stops:
         check_folder(config)  # again: another run may have been first
         set_up_folder(folder, config, data.vocabulary)
@@ -1094,7 +1096,10 @@ def resolve(flags: dict) -> Config:
     if flags.get("resume") or flags.get("sample") is not None:
         stored |= stored_config(Path(flags.get("out", base.get("out", Config.out)))) or {}
     stored = {k: v for k, v in stored.items() if k not in ("resume", "sample", "out")}
-    return Config(**base | stored | flags)
+    try:
+        return Config(**base | stored | flags)
+    except TypeError as error:  # a flag has its type from the parser, so it is the stored run's
+        raise RunError(f"the run's config.json is damaged: {error}; start anew") from error
 
 
 def main(argv: list[str]) -> int:

@@ -118,7 +118,8 @@ def orthogonalise(
     """
     if matrix.ndim < 2 or not matrix.is_floating_point():
         shape = tuple(matrix.shape)
-        raise ValueError(f"matrix of {matrix.dtype}, shape {shape} must have two or more axes, real")
+        wanted = "must have two or more axes and be real"
+        raise ValueError(f"matrix of {matrix.dtype} and shape {shape} {wanted}")
     a, b, c = coefficients
     wide = matrix.size(-2) <= matrix.size(-1)
     X = matrix if wide else matrix.mT  # A = X X^T is then the smaller of the two

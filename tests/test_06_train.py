@@ -414,6 +414,7 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--max-steps", "many"], "--max-steps"),
         (["--max-steps"], "--max-steps"),
         (["--max-steps", 0], "--max-steps 0: wanted at least 1"),
+        (["--seq-len", 1], "at least 2"),
         (["--batch-size", 3, "--accumulate", 2], "a multiple of accumulate=2"),
         (["--warmup-steps", 41], "at most max_steps=40"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
@@ -509,6 +510,17 @@ def test_diverging_loss_is_one_line(capsys, cache, tmp_path):
     more = ["--learning-rate", "1e30", "--warmup-steps", 0, "--grad-clip", 0]
     status, _, stderr = run(capsys, cache, tmp_path / "run", *more)
     assert status == 2 and "lower --learning-rate" in stderr
+
+
+def test_damaged_config_is_one_line(capsys, cache, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, cache, out, "--max-steps", 4)
+    stored = json.loads((out / "config.json").read_text())
+    for damaged in ("{", "[]", '{"newfield": 1}', json.dumps(stored | {"beta1": "x"})):
+        (out / "config.json").write_text(damaged)
+        status = train.main(["--out", str(out), "--resume"])
+        stderr = capsys.readouterr().err
+        assert status == 2 and "config.json" in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_help_lists_every_field(capsys):
