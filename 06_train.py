@@ -30,8 +30,8 @@ do harm is left out, and where the harm is done already the run goes back to a c
 with the data behind the spike.
 
 Same numbers: on a CPU, for the same seed, version, number of threads and machine, always. On a GPU
-the fast kernels for attention and embeddings add in no fixed order and two runs part slowly;
---deterministic takes those that do.
+torch's fast kernels, of embeddings for one, add in no fixed order and two runs part slowly;
+--deterministic takes those that do (not yet tried on one).
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -39,16 +39,15 @@ Sources: clip 1.0, betas 0.9 and 0.95, decay 0.1: GPT-3 (Brown et al. 2020, arXi
 CPU preset has beta2 0.98); decay on matrices only: nanoGPT; warmup-stable-decay: MiniCPM (Hu et
 al. 2024, 2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
 
-Run: `python 06_train.py` (CPU, 2 cores of an AMD EPYC (Zen 3), float32: 155 s alone, before the
-guard was added; here other programs shared the cores) ends with
+Run: `python 06_train.py` (CPU, 148 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
 
     val_nats: 0.4096738411050606
     floor_nats: 0.2867901733419835
     val_bpb: 0.17107987933710225
     tokens: 1520760
-    seconds: 309.07283586799895
-    tokens_per_second: 5164.7081198061
-    peak_memory_gb: 0.520065024
+    seconds: 147.96868784600156
+    tokens_per_second: 11112.63325042635
+    peak_memory_gb: 0.527388672
     parameters: 459520
 """
 

@@ -1268,7 +1268,7 @@ class Train:
 
     def __call__(self, chosen: dict, budget: int, folder: Path) -> Iterator[Report]:
         out = folder / f"step-{budget:08d}"
-        shorter = sorted(f for f in folder.glob("step-*") if f.name < out.name)
+        shorter = sorted(f for f in folder.glob("step-*") if f.is_dir() and f.name < out.name)
         place = {"out": str(out), "max_steps": budget, "resume": True}
         if shorter:
             place["branch"] = str(shorter[-1])
