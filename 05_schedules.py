@@ -86,6 +86,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -762,7 +763,7 @@ def quadratic_range_test(curvature: float) -> tuple[float, float]:
     return test.rates[first - 1], test.rates[first]
 
 
-def save_picture(path: str, total: int = 1000, warmup: int = 50) -> None:
+def save_picture(path: Path, total: int = 1000, warmup: int = 50) -> None:
     """Every schedule as a small curve over steps 0 to 1.2 total, written to `path`."""
     try:
         import matplotlib.pyplot as plt
@@ -786,7 +787,7 @@ def save_picture(path: str, total: int = 1000, warmup: int = 50) -> None:
     figure.savefig(path, dpi=100)
 
 
-def demo(plot: str | None = None) -> None:
+def demo(plot: Path | None = None) -> None:
     total, warmup = 1000, 50
     print(f"total {total}, warmup {warmup}; one character per 25 steps, the end is at |")
     print("derived: area by integral; trunk: up to this step a run of twice the length is the same")
@@ -820,5 +821,8 @@ def demo(plot: str | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", metavar="FILE", help="save a picture of all (needs matplotlib)")
-    demo(parser.parse_args().plot)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture (matplotlib)")
+    plot = parser.parse_args().plot
+    if plot is not None and not plot.parent.is_dir():
+        parser.error(f"--plot {plot}: no folder {plot.parent}; make it first")
+    demo(plot)

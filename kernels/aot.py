@@ -183,6 +183,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
     parser.add_argument("--target", choices=TARGETS, help="print this one's lines as json and stop")
     arguments = parser.parse_args()
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: no folder {arguments.json.parent}; make it first")
     if arguments.target:
         compile_target(arguments.target)
         return

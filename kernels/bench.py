@@ -682,6 +682,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="first shapes only, less often")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: no folder {arguments.json.parent}; make it first")
     result = run(arguments.quick, torch.cuda.is_available())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--alone", choices=("ours", "theirs"), help="print one's peak memory")
     args = parser.parse_args()
+    if not (Path(args.folder) / "model.py").is_file():
+        parser.error(f"{args.folder}: no model.py there; clone github.com/Om-Alve/smolGPT to it")
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     ids = torch.randint(V, (B, T + 1))

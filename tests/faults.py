@@ -354,6 +354,8 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=10, help="tries of each other fault")
     parser.add_argument("--json", type=Path, help="file for the table")
     args = parser.parse_args()
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: no folder {args.json.parent}; make it first")
     table = []
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(folder))

@@ -487,3 +487,12 @@ def test_targets_name_kernels_and_rivals_that_exist():
         assert any(rival.startswith(against) for rival in rivals)
         quick = kernel.timed[: kernel.quick]  # --quick answers each target
         assert any(where.items() <= (s | {"pass": "both"}).items() for s in quick)
+
+
+@pytest.mark.parametrize("command", ["bench.py", "aot.py"])
+def test_json_into_no_folder_is_one_line_before_anything_is_measured(command):
+    script = Path(bench.__file__).with_name(command)
+    child = subprocess.run(
+        [sys.executable, script, "--json", "/no/such/a.json"], capture_output=True, text=True
+    )
+    assert child.returncode == 2 and "no folder /no/such" in child.stderr and child.stdout == ""
