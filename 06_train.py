@@ -14,7 +14,8 @@ What one step computes, for a batch of rows x with targets y, N of them not padd
 
     loss      L = 1/N * sum over targets of -ln p(y_t | x_1 .. x_t)             nats/token
     gradient  g = dL/dw, scaled down to norm `grad_clip` where it is longer
-    update    AdamW at the learning rate learning_rate * schedule(step)
+    update    AdamW at the learning rate learning_rate * schedule(step), or with --optimizer muon
+              Muon for the matrices inside, at muon_learning_rate * schedule(step)
 
 Losses are printed in nats per token and in bits per byte of story text (bpb); only the second may
 be compared between tokenisers. Validation scores every token of the validation text once, in
@@ -92,6 +93,7 @@ gpt = importlib.import_module("03_gpt")
 adamw = importlib.import_module("04_adamw")
 schedules = importlib.import_module("05_schedules")
 stability = importlib.import_module("08_stability")
+muon = importlib.import_module("10_muon")
 
 KEEP = 3  # newest checkpoints kept, in case the last one is damaged; the best is kept too
 MAX_REWINDS = 5  # in a row: a run that goes back more often has something wrong with it
@@ -132,7 +134,9 @@ class Config:
     batch_size: int = 8  # B, rows per step
     accumulate: int = 1  # micro-batches that a step's rows are split into, to save memory
     max_steps: int = 1200  # steps in all
-    learning_rate: float = 6e-3  # peak
+    optimizer: str = "adamw"  # "adamw", or "muon" for hidden matrices and adamw for the rest
+    learning_rate: float = 6e-3  # peak, of adamw
+    muon_learning_rate: float = 2e-2  # peak, of muon
     schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
     warmup_steps: int = 30  # steps
     cooldown: float | None = None  # of the wsd schedules: steps, or a share of the run up to 1.0
@@ -155,7 +159,8 @@ class Config:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
+        for name in ("warmup_steps", "learning_rate", "muon_learning_rate", "weight_decay",
+                     "grad_clip", "seed"):  # fmt: skip
             value = getattr(self, name)
             most = 2**63 if name == "seed" else math.inf  # torch's generator takes no larger seed
             check(0 <= value < most, name, value, f"at least 0 and below {most}")
@@ -177,6 +182,7 @@ class Config:
             ("rows", ("stories", "blocks")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("guard", ("on", "off")),
+            ("optimizer", ("adamw", "muon")),
             ("implementation", gpt.IMPLEMENTATIONS),
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
@@ -185,13 +191,13 @@ class Config:
         check(self.cooldown is None or "cooldown" in takes, "cooldown", self.cooldown,
               f"none with --schedule {self.schedule}, which has no cooldown to set")  # fmt: skip
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+    def multiplier(self, step: int) -> float:
+        """What the schedule makes of the peak learning rates at a step, in [0, 1]."""
         options = {"skip_zero": True}
         if self.cooldown is not None:
             options["cooldown"] = self.cooldown if self.cooldown <= 1 else int(self.cooldown)
         schedule = schedules.SCHEDULES[self.schedule]
-        return self.learning_rate * schedule(step, self.max_steps, self.warmup_steps, **options)
+        return schedule(step, self.max_steps, self.warmup_steps, **options)
 
 
 def check(good: bool, name: str, value: object, wanted: str) -> None:
@@ -577,7 +583,9 @@ def branch_point(config: Config) -> dict:
     check(config.max_steps > state["step"], "max_steps", config.max_steps,
           f"more than the {state['step']} steps behind the run in --branch")  # fmt: skip
     last = state["step"] - 1
-    before, now = Config(**state["config"]).rate(last), config.rate(last)
+    peak = config.learning_rate
+    before = peak * Config(**state["config"]).multiplier(last)
+    now = peak * config.multiplier(last)
     if not math.isclose(before, now, rel_tol=1e-9):
         raise RunError(
             f"--branch {folder}: its learning rate at step {last} was {before:.3g}, and here it "
@@ -741,6 +749,24 @@ def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
     return gpt.GPT(shape)
 
 
+def make_optimizers(config: Config, model: gpt.GPT) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights; or Muon for the hidden matrices, and AdamW for the others."""
+    named, optimizers = list(model.named_parameters()), []
+    if config.optimizer == "muon":
+        hidden, named = muon.split_parameters(named)
+        settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(muon.Muon(hidden, config.muon_learning_rate, **settings))
+    optimizers.append(
+        adamw.AdamW(
+            adamw.param_groups(named, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            implementation={"torch": "foreach"}.get(config.implementation, config.implementation),
+        )
+    )
+    return optimizers
+
+
 @dataclass
 class Place:
     """Where a run stands: together with weights, moments and random state, all that matters."""
@@ -763,12 +789,7 @@ class Run:
         self.config, self.vocabulary, self.device, self.dtype = config, vocabulary, device, dtype
         self.folder = Path(config.out)
         self.model = build(config, vocabulary).to(device)
-        self.optimizer = adamw.AdamW(
-            adamw.param_groups(self.model.named_parameters(), config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            implementation={"torch": "foreach"}.get(config.implementation, config.implementation),
-        )
+        self.optimizers = make_optimizers(config, self.model)
         self.guard = stability.SpikeGuard()
         self.place = Place()
         self.started = time.perf_counter()
@@ -803,7 +824,7 @@ class Run:
             "step": self.place.step,
             "place": asdict(self.place) | {"seconds": self.seconds},
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "guard": self.guard.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
@@ -817,7 +838,7 @@ class Run:
         """Goes to where a checkpoint was taken; without one, to the beginning."""
         if state is None:
             self.model.load_state_dict(build(self.config, self.vocabulary).state_dict())
-            self.optimizer.state.clear()
+            self.optimizers = make_optimizers(self.config, self.model)
             self.guard, self.place = stability.SpikeGuard(), Place()
             return
         if state["vocabulary"] != self.vocabulary.hash:
@@ -826,7 +847,8 @@ class Run:
                 "checkpoint was made, and its vocabulary with it; start anew in another --out"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(stored)
         self.guard.load_state_dict(state["guard"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
@@ -941,11 +963,12 @@ def train(config: Config) -> dict[str, float]:
                 verdict = run.guard.judge(loss.item(), norm.item(), count)
             else:
                 verdict = stability.Verdict("go", "not judged")
-            rate = config.rate(step)
+            multiplier = config.multiplier(step)
             if verdict.action == "go":
-                for group in run.optimizer.param_groups:
-                    group["lr"] = rate
-                run.optimizer.step()
+                for optimizer in run.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = optimizer.defaults["lr"] * multiplier
+                    optimizer.step()
                 place.tokens += count
             else:
                 names = stability.nonfinite_gradients(named)
@@ -955,7 +978,7 @@ def train(config: Config) -> dict[str, float]:
                     reason += f"; gradient not finite in {', '.join(names[:3])}{more}"
                 print(f"guard    step {step}, batch {place.batch}: {verdict.action}: {reason}")
                 add_metrics(folder, step=step, guard=verdict.action, reason=reason)
-            run.optimizer.zero_grad()
+            run.model.zero_grad()
             if verdict.action == "rewind":
                 run.rewind()
                 print(
@@ -967,6 +990,7 @@ def train(config: Config) -> dict[str, float]:
 
             # 6. log
             if step % config.log_every == 0 and verdict.action == "go":
+                rate = config.learning_rate * multiplier
                 entry = {"loss": loss.item(), "lr": rate, "gnorm": norm.item()}
                 add_metrics(folder, step=step, **entry)
                 print(

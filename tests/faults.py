@@ -55,8 +55,9 @@ def numbers_of(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What a run leaves: its metrics, and all tensors of its last checkpoint."""
     state = train.load_checkpoint(out)
     tensors = dict(state["model"])
-    for i, moments in state["optimizer"]["state"].items():
-        tensors |= {f"{i}.{name}": value for name, value in moments.items()}
+    for number, optimizer in enumerate(state["optimizers"]):
+        for i, moments in optimizer["state"].items():
+            tensors |= {f"{number}.{i}.{name}": value for name, value in moments.items()}
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return metrics, tensors
 

@@ -212,6 +212,24 @@ def test_rewound_run_is_bit_identical_to_one_that_never_saw_the_batches(
     assert metrics[-13:] == wanted[-13:] and metrics[-1]["step"] == 40
 
 
+def test_muon_turns_the_matrices_and_goes_on_where_it_stopped(capsys, cache, reference, tmp_path):
+    more = ["--optimizer", "muon"]
+    run(capsys, cache, tmp_path / "whole", *more)
+    whole = numbers_of(tmp_path / "whole")
+    out = tmp_path / "run"
+    run(capsys, cache, out, *more)
+    for path in train.checkpoint_files(out)[:2]:
+        path.unlink()
+    assert run(capsys, cache, out, *more, "--resume")[0] == 0
+    assert_same(out, whole)
+    momentum, moments = train.load_checkpoint(out)["optimizers"]
+    assert len(momentum["state"]) == 2 * 4  # layers, each with qkv, out, gate_up, down
+    assert all(set(state) == {"momentum_buffer"} for state in momentum["state"].values())
+    assert len(moments["state"]) == 1 + 2 * 4 + 1  # the embedding and the gains
+    wanted, _ = reference
+    assert whole[0][-1]["val_nats"] != wanted[-1]["val_nats"]
+
+
 def test_rewinding_twice_to_one_checkpoint_goes_to_the_one_before(
     monkeypatch, capsys, cache, tmp_path
 ):
