@@ -20,6 +20,9 @@ whose joined bytes have the lowest id. That is the same as replaying the merges,
 merges make the same bytes: what stands left and right of a stretch of bytes cannot change how it
 is merged inside, as long as no token reaches across its ends. The tests replay the merges.
 
+`to_huggingface` writes the same tokeniser as files that transformers loads offline, and
+`from_huggingface` reads them back; neither needs transformers.
+
 Letters: V vocabulary size, everything counted: 256 bytes + merges + special tokens.
 
 Sources: Gage 1994 (The C Users Journal 12(2): the compression algorithm); Sennrich et al. 2016
@@ -340,6 +343,173 @@ def encode(stories: Iterable[str], vocabulary: Vocabulary) -> Iterator[np.ndarra
     encode_ordinary = vocabulary.encoding().encode_ordinary
     for story in stories:
         yield np.array(encode_ordinary(story), dtype=np.uint16)
+
+
+# Interchange with Hugging Face: a folder that `AutoTokenizer.from_pretrained` loads offline.
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable character that stands for each byte in tokenizer.json.
+
+    Visible bytes of Latin-1 stand for themselves, the others for the characters from 256 on.
+    Source: Radford et al. 2019 (GPT-2), whose vocabulary is a text file.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+HUGGINGFACE_LETTERS = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+
+
+def huggingface_steps(pattern: str) -> dict:
+    """What tokenizer.json says of the way from a text to its pieces, in letters."""
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, HUGGINGFACE_LETTERS]},
+    }
+
+
+HUGGINGFACE_MODEL = {  # byte-pair encoding as it is here
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+def to_huggingface(vocabulary: Vocabulary, folder: str | Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json for transformers.
+
+    As in training an END stands before each text; with `add_special_tokens=False` there is none.
+    Special tokens in a text become their ids, with `split_special_tokens=True` they are text, as
+    in `encode`. Generation ends at END.
+    """
+    letters, end = byte_letters(), vocabulary.end
+    tokens = ["".join(letters[byte] for byte in token) for token in vocabulary.tokens]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [
+        {"id": i, "content": token, **flags, "special": True}
+        for i, token in enumerate(vocabulary.special_tokens, len(tokens))
+    ]
+    first = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    begin_with_end = {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, first, b],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [end], "tokens": [END_OF_TEXT]}},
+    }
+    files = {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": special,
+            **huggingface_steps(vocabulary.pattern),
+            "post_processor": begin_with_end,
+            "decoder": HUGGINGFACE_LETTERS,
+            "model": {
+                **HUGGINGFACE_MODEL,
+                "vocab": {token: i for i, token in enumerate(tokens)},
+                "merges": [[tokens[a], tokens[b]] for a, b in vocabulary.merges],
+            },
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "padding_side": "left",  # or generation would go on from padding
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # what a decoder takes
+        },
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def apply_merges(ids: list[int], rank: dict[tuple[int, int], int]) -> list[int]:
+    """ids after all merges that apply, the lowest first: rank gives the i of merge i."""
+    while len(ids) > 1:
+        pair = min(pairwise(ids), key=lambda pair: rank.get(pair, MAX_VOCAB))
+        if pair not in rank:
+            break
+        ids = merge(ids, pair, 256 + rank[pair])
+    return ids
+
+
+def read_huggingface(stored: dict) -> Vocabulary:
+    """The vocabulary that the content of a tokenizer.json describes.
+
+    Raises: ValueError, and KeyError and its like, when it describes something else.
+    """
+
+    def check(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(what)
+
+    model, ids = stored["model"], stored["model"]["vocab"]
+    for name, ours in HUGGINGFACE_MODEL.items():
+        same = model.get(name, ours) == ours or (ours is None and model[name] == "")
+        check(same, f"its model has {name} {model.get(name)!r}, not {ours!r}")
+    pattern = stored["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    for name, ours in huggingface_steps(pattern).items():
+        check(stored.get(name) == ours, f"its {name} is another")
+    check(stored["decoder"]["type"] == "ByteLevel", "its decoder is another")
+    added = sorted(stored["added_tokens"], key=lambda token: token["id"])
+    check(all(token["special"] for token in added), "it has added tokens that are not special")
+    special = tuple(token["content"] for token in added)
+    check(END_OF_TEXT in special, f"it has no special token {END_OF_TEXT}")
+
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    merges = tuple((ids[a], ids[b]) for a, b in pairs)
+    vocabulary = Vocabulary(merges, special, pattern)
+    check(vocabulary.size <= MAX_VOCAB, f"it has {vocabulary.size} ids, more than {MAX_VOCAB}")
+    letters = byte_letters()
+    tokens = ["".join(letters[byte] for byte in token) for token in vocabulary.tokens]
+    numbered = {token: i for i, token in enumerate((*tokens, *special))}
+    theirs = ids | {token["content"]: token["id"] for token in added}
+    check(theirs == numbered, "its ids are not bytes, merges in order and special tokens")
+    # tiktoken joins any two neighbours that make a token: right if merges make it of its bytes
+    rank = {pair: i for i, pair in enumerate(merges)}
+    for i, token in enumerate(vocabulary.tokens):
+        whole = apply_merges(list(token), rank) == [i]
+        check(whole, f"its merges do not make token {i} from its bytes")
+    return vocabulary
+
+
+def from_huggingface(folder: str | Path) -> Vocabulary:
+    """The vocabulary in a folder that `to_huggingface` wrote, with the same hash, or in another
+    whose tokenizer works in the same way.
+
+    Raises: FileNotFoundError; ValueError for a tokenizer that gives other ids than a Vocabulary
+        can: those of GPT-2, Llama 3 and Qwen number the bytes in another order.
+    """
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return read_huggingface(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: {why}; wanted a byte-level BPE as bpe.to_huggingface writes it"
+        ) from error
 
 
 def little_stories(count: int) -> Iterator[str]:

@@ -419,6 +419,84 @@ def test_load_names_what_is_missing(vocabulary, tmp_path):
         bpe.Vocabulary.load(tmp_path / "v.json")
 
 
+# Hugging Face's form; test_interchange.py has transformers read it
+
+
+def test_from_huggingface_gives_back_the_vocabulary(vocabulary, tmp_path):
+    bpe.to_huggingface(vocabulary, tmp_path / "new" / "folder")
+    assert bpe.from_huggingface(str(tmp_path / "new" / "folder")).hash == vocabulary.hash
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == names
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(FEW | st.text(LETTERS, max_size=30), max_size=5), st.integers(258, 300))
+def test_from_huggingface_gives_back_any_trained_vocabulary(tmp_path_factory, stories, size):
+    folder = tmp_path_factory.getbasetemp() / "any"
+    vocabulary = bpe.train(stories, size, special_tokens=("<|pad|>", bpe.END_OF_TEXT))
+    bpe.to_huggingface(vocabulary, folder)
+    assert bpe.from_huggingface(folder) == vocabulary
+
+
+def change(stored, *keys, to):
+    for key in keys[:-1]:
+        stored = stored[key]
+    stored[keys[-1]] = to
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "error"),
+    [
+        (["model", "type"], "WordPiece", "its model has type 'WordPiece', not 'BPE'"),
+        (["model", "ignore_merges"], True, "its model has ignore_merges True, not False"),
+        (["model", "unk_token"], "?", "its model has unk_token '[?]', not None"),
+        (["normalizer"], {"type": "NFC"}, "its normalizer is another"),
+        (["decoder"], {"type": "Metaspace"}, "its decoder is another"),
+        (["pre_tokenizer", "pretokenizers", 1, "add_prefix_space"], True, "its pre_tokenizer is"),
+        (["pre_tokenizer", "pretokenizers", 0, "behavior"], "Removed", "its pre_tokenizer is an"),
+        (["pre_tokenizer"], {"type": "ByteLevel"}, "'pretokenizers' is missing"),
+        (["added_tokens", 0, "special"], False, "added tokens that are not special"),
+        (["added_tokens", 0, "content"], "<eos>", r"it has no special token <\|endoftext\|>"),
+        (["added_tokens", 0, "id"], 7, "its ids are not bytes, merges in order and special"),
+        (["model", "vocab", "a"], 98, "its ids are not bytes, merges in order and special"),
+        (["model", "merges", 0], ["a", "none"], "'none' is missing"),
+        (["model", "merges", 0], "ab", "not enough values"),
+        (["model", "merges"], 7, "not iterable"),
+        (["model"], None, "not subscriptable"),
+    ],
+)
+def test_from_huggingface_says_in_one_line_what_it_cannot_represent(
+    vocabulary, tmp_path, keys, value, error
+):
+    bpe.to_huggingface(vocabulary, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(stored, *keys, to=value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=error) as raised:
+        bpe.from_huggingface(tmp_path)
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_from_huggingface_refuses_merges_that_tiktoken_would_not_replay(tmp_path):
+    # "abc": the merges give a, bc; tiktoken would go on to abc, which it knows as ab + c
+    bpe.to_huggingface(bpe.Vocabulary(((98, 99), (97, 98), (257, 99))), tmp_path)
+    with pytest.raises(ValueError, match="its merges do not make token 258 from its bytes"):
+        bpe.from_huggingface(tmp_path)
+
+
+def test_from_huggingface_refuses_every_cut_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        bpe.from_huggingface(tmp_path)
+    bpe.to_huggingface(bpe.Vocabulary(((97, 98),)), tmp_path)
+    whole = path.read_text().rstrip()
+    for length in range(0, len(whole), 97):
+        path.write_text(whole[:length])
+        with pytest.raises(ValueError, match="tokenizer.json") as raised:
+            bpe.from_huggingface(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
 # reading
 
 
