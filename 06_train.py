@@ -60,6 +60,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -78,7 +79,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, bpe, stories, tinystories
 
@@ -87,6 +89,8 @@ try:
     import resource
 except ImportError:  # not on Windows: there runs are not locked, and memory is not measured
     fcntl = resource = None
+
+T = typing.TypeVar("T")
 
 losses = importlib.import_module("01_loss")
 gpt = importlib.import_module("03_gpt")
@@ -102,9 +106,16 @@ HELD_OUT = 50  # of a user's file, one story in 50 is kept for validation
 VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
 UNTIMED_STEPS = 3  # after a start: they compile, allocate and warm caches
-# dense bfloat16 TFLOP/s from the makers' data sheets, by a part of the name that torch reports
-PEAK_TFLOPS = {
-    "H200": 989, "H100": 989, "A100": 312, "L4 ": 121, "RTX 4090": 165, "RTX 5090": 209.5,
+# GPUs, by a part of the name that torch reports: dense bfloat16 TFLOP/s (makers' data sheets),
+# memory in 10^9 bytes, dollars an hour (RunPod's Secure Cloud, October 2026; of the L4, what
+# smolGPT paid: $13 for 18.5 h; None: not looked up)
+CARDS = {
+    "L4": (121, 24, 0.70),
+    "RTX 4090": (165, 24, 0.69),
+    "RTX 5090": (209.5, 32, None),
+    "A100": (312, 80, 1.59),
+    "H100": (989, 80, 3.49),
+    "H200": (989, 141, 4.59),
 }
 
 
@@ -145,6 +156,8 @@ class Config:
     beta2: float = 0.98
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
     guard: str = "on"  # "on": leave out steps that would do harm, go back if they persist; "off"
+    dollars_per_hour: float | None = None  # of one GPU or machine; None: as in CARDS
+    track: str = "none"  # where figures go besides metrics.jsonl: "mlflow", "wandb" (offline)
     deterministic: bool = False  # same numbers on a GPU too, where that costs time
     log_every: int = 100  # steps
     eval_every: int = 400  # steps
@@ -183,6 +196,7 @@ class Config:
             ("dtype", ("auto", "float32", "bfloat16")),
             ("guard", ("on", "off")),
             ("optimizer", ("adamw", "muon")),
+            ("track", ("none", "mlflow", "wandb")),
             ("implementation", gpt.IMPLEMENTATIONS),
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
@@ -230,8 +244,10 @@ PRESETS = {
 
 
 def pick_device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "auto" and torch.cuda.is_available():
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif wanted == "auto":
+        wanted = "cpu"
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
@@ -264,10 +280,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU with {torch.get_num_threads()} threads"
 
 
-def peak_tflops(device: torch.device) -> float | None:
-    """Dense bfloat16 TFLOP/s of the GPU, or None where it is not known."""
+def card(device: torch.device) -> tuple[float | None, int | None, float | None]:
+    """The device's row of CARDS; three times None for a CPU and for a GPU that is not there."""
     name = device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name + " "), None)
+    found = [row for part, row in CARDS.items() if re.search(rf"\b{part}\b", name)]
+    return found[0] if found else (None, None, None)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -284,6 +301,72 @@ def make_deterministic() -> None:
     """Makes torch take kernels that add in a fixed order, and fail where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's manual
     torch.use_deterministic_algorithms(True)
+
+
+# Several processes, started by torchrun, each with its share of every batch
+
+
+class Team:
+    """The processes that train one model together: this one alone, or those of torchrun.
+
+    Each holds the whole model. A batch is the same rows for any number of them, and of those each
+    takes every size-th; the gradients are added up between backward and update.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0  # the one that writes files and the log
+
+    def __enter__(self) -> Team:
+        if self.size > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.size > 1:
+            distributed.destroy_process_group()
+
+    def one_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in each process, the others' call coming after the first's."""
+        if self.size == 1:
+            return make()
+        if self.first:
+            made = make()
+            distributed.barrier()
+            return made
+        distributed.barrier()
+        return make()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all processes' x, the same in each."""
+        if self.size > 1:
+            distributed.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        if self.size == 1:
+            return flag
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module, whose backward pass then leaves the mean of all processes' gradients."""
+        return DistributedDataParallel(module) if self.size > 1 else module
+
+    def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+        """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
+        return contextlib.nullcontext() if now or self.size == 1 else module.no_sync()
+
+    def dollars(self, config: Config, seconds: float) -> float | None:
+        """What that time costs, where the price is given or known."""
+        _, _, price = card(self.device)
+        if config.dollars_per_hour is not None:
+            price = config.dollars_per_hour
+        return price and price * self.size * seconds / 3600
 
 
 # Data: text -> vocabulary -> token files, made once and kept in the cache
@@ -415,7 +498,7 @@ STARTED = {"config.json.part"}  # all that a run killed at its start may have le
 MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
 MAY_CHANGE |= {"implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
-MAY_CHANGE |= {"temperature", "min_p"}
+MAY_CHANGE |= {"temperature", "min_p", "dollars_per_hour", "track"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
 
 
@@ -501,6 +584,40 @@ def add_metrics(folder: Path, **entry) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def import_extra(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RunError(f"--track {name} needs a package: pip install {name}") from error
+
+
+@contextlib.contextmanager
+def tracker(config: Config) -> Iterator[Callable[[dict], None]]:
+    """What takes the lines of metrics.jsonl, too: each start of a run is one run over there.
+
+    MLflow writes where MLFLOW_TRACKING_URI says, or its own default; W&B below the run's folder,
+    for `wandb sync` to upload.
+    """
+    name, settings = Path(config.out).name, asdict(config)
+    if config.track == "none":
+        yield lambda entry: None
+        return
+    package = import_extra(config.track)
+    if config.track == "mlflow":
+        package.set_experiment("06_train")
+        with package.start_run(run_name=name):
+            package.log_params(settings)
+            yield lambda entry: package.log_metrics(numbers(entry), step=entry["step"])
+    else:
+        options = {"project": "06_train", "dir": config.out, "mode": "offline"}
+        with package.init(name=name, config=settings, **options) as their_run:
+            yield lambda entry: their_run.log(numbers(entry), step=entry["step"])
+
+
+def numbers(entry: dict) -> dict[str, float]:
+    return {k: v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -623,22 +740,21 @@ def evaluate(
     val: batches.Batches,
     token_bytes: Tensor,
     limit: int,
+    team: Team,
 ) -> tuple[float, float]:
     """Mean loss over the first `limit` targets, to the next full row: nats/token, bits/byte.
 
     Args: token_bytes (V,) int64, bytes of text that each id stands for; END stands for none.
     """
     rows = min(len(val), int(np.searchsorted(val.lengths.cumsum(), limit)) + 1)
-    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
-    text_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
-    tokens = 0
-    for first in range(0, rows, val.batch_size):
-        x, y, count = val.take(np.arange(first, min(first + val.batch_size, rows)))
-        nats += loss_sum(x, y)
-        text_bytes += (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum()
-        tokens += count
-    mean = nats.item() / tokens
-    return mean, losses.bits_per_byte(mean, tokens, int(text_bytes))
+    sums = torch.zeros(3, dtype=torch.float64, device=token_bytes.device)
+    size = val.batch_size
+    for first in range(team.rank * size, rows, team.size * size):
+        x, y, count = val.take(np.arange(first, min(first + size, rows)))
+        text_bytes = (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum()
+        sums += torch.stack((loss_sum(x, y).double(), text_bytes, text_bytes.new_tensor(count)))
+    nats, text_bytes, tokens = team.sum(sums).tolist()
+    return nats / tokens, losses.bits_per_byte(nats / tokens, int(tokens), int(text_bytes))
 
 
 def write_stories(
@@ -709,8 +825,10 @@ def signals_noted() -> Iterator[list[int]]:
 class Meter:
     """Rates of the steps alone: no evaluation, no checkpoint, none of the slow first steps."""
 
-    def __init__(self, flops_per_token: int, peak_tflops: int | None):
-        self.flops, self.peak = flops_per_token, peak_tflops
+    def __init__(self, run: Run):
+        self.flops = gpt.flops_per_token(run.model.config)
+        peak, _, _ = card(run.device)
+        self.peak = peak and peak * run.team.size  # TFLOP/s, of all GPUs together
         self.seen, self.steps, self.tokens, self.seconds = 0, 0, 0, 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -782,36 +900,57 @@ class Place:
     best_step: int = -1
 
 
+class Objective(nn.Module):
+    """From tokens to the loss, as one module: what is compiled, and shared between processes."""
+
+    def __init__(self, model: gpt.GPT, dtype: torch.dtype, implementation: str):
+        super().__init__()
+        self.model, self.dtype, self.implementation = model, dtype, implementation
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            h = self.model.hidden(x)  # (B, T, C)
+            weight = self.model.embedding.weight  # (V, C)
+            options = {"reduction": "sum", "implementation": self.implementation}
+            return losses.linear_cross_entropy(h, weight, y, **options)
+
+
 class Run:
     """Model, optimiser and guard of a run, and the place where it stands."""
 
-    def __init__(self, config: Config, vocabulary: bpe.Vocabulary, device: torch.device, dtype):
-        self.config, self.vocabulary, self.device, self.dtype = config, vocabulary, device, dtype
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: bpe.Vocabulary,
+        device: torch.device,
+        dtype: torch.dtype,
+        team: Team,
+    ):
+        self.config, self.vocabulary, self.device, self.team = config, vocabulary, device, team
         self.folder = Path(config.out)
         self.model = build(config, vocabulary).to(device)
         self.optimizers = make_optimizers(config, self.model)
         self.guard = stability.SpikeGuard()
         self.place = Place()
         self.started = time.perf_counter()
-        self.loss_sum = torch.compile(self._loss_sum) if config.compile else self._loss_sum
-
-    def _loss_sum(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            h = self.model.hidden(x)  # (B, T, C)
-            weight = self.model.embedding.weight  # (V, C)
-            options = {"reduction": "sum", "implementation": self.config.implementation}
-            return losses.linear_cross_entropy(h, weight, y, **options)
+        self.loss_sum = Objective(self.model, dtype, config.implementation)
+        if config.compile:
+            self.loss_sum.compile()
+        self.shared = team.wrap(self.loss_sum)
 
     def backward(self, x: Tensor, y: Tensor, count: int) -> Tensor:
-        """Adds the gradient of the mean loss over `count` targets; returns that loss, ()."""
-        loss = torch.zeros((), device=self.device)
-        parts = self.config.accumulate
-        for x_part, y_part in zip(x.chunk(parts), y.chunk(parts)):
-            part = self.loss_sum(x_part, y_part) / count
-            part.backward()
+        """Adds the gradient of the mean loss over all `count` targets; returns that loss, ().
+
+        x, y: this process's rows of the batch; count: of the team's together.
+        """
+        loss, parts = torch.zeros((), device=self.device), self.config.accumulate
+        for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts)), 1):
+            with self.team.gathering(self.shared, now=number == parts):
+                part = self.shared(x_part, y_part) / count
+                (part * self.team.size).backward()  # of which the team's mean is the sum of parts
             loss += part.detach()
-        return loss
+        return self.team.sum(loss)
 
     @property
     def seconds(self) -> float:
@@ -819,6 +958,8 @@ class Run:
 
     def save(self) -> Path:
         """Writes a checkpoint; makes the folder again where somebody has removed it."""
+        if not self.team.first:
+            return self.folder
         cuda = self.device.type == "cuda"
         state = {
             "step": self.place.step,
@@ -870,7 +1011,8 @@ class Run:
             )
         for path in checkpoint_files(self.folder):
             if step_of(path) == past.rewound_to:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may have been first
+        self.team.any(False)  # until all are here
         self.restore(load_checkpoint(self.folder))
         self.place.batch = past.batch + 1
         self.place.rewinds = past.rewinds + 1 if near else 1
@@ -881,8 +1023,11 @@ class Run:
 def describe(run: Run, data: Data, source: batches.Batches, reason: str) -> None:
     """The first lines of the log: what is about to be trained, on what, and what to expect."""
     config, about, floor = run.config, data.about_train, data.about_val.floor_nats
-    flops, peak = gpt.flops_per_token(run.model.config), peak_tflops(run.device)
-    print(f"machine  {device_name(run.device)}, torch {torch.__version__}, {run.dtype}: {reason}")
+    flops, (peak, _, _) = gpt.flops_per_token(run.model.config), card(run.device)
+    machine = device_name(run.device)
+    if run.team.size > 1:
+        machine = f"{run.team.size} processes, this one on {machine}"
+    print(f"machine  {machine}, torch {torch.__version__}, {run.loss_sum.dtype}: {reason}")
     print("config   " + " ".join(f"{name}={value}" for name, value in asdict(config).items()))
     print(
         f"data     {about.source}: {about.stories:,} stories, {about.tokens:,} tokens of "
@@ -897,24 +1042,41 @@ def describe(run: Run, data: Data, source: batches.Batches, reason: str) -> None
     print("" if floor is None else f", and at best about {floor:.4f} at the end, the floor")
 
 
-def train(config: Config) -> dict[str, float]:
+Report = Callable[[int, float], None]
+
+
+def train(config: Config, report: Report | None = None) -> dict[str, float]:
     """Runs the whole job and returns the figures of its last lines.
 
+    report: called as report(step, val_nats) after every evaluation, the last one too; what it
+    raises ends the run.
     Raises: RunError for what the user can put right; Stopped after SIGINT or SIGTERM.
     """
-    started = time.perf_counter()
     device = pick_device(config.device)
-    dtype, reason = pick_dtype(config.dtype, device)
     if config.deterministic:
         make_deterministic()
-    check_folder(config)
+    with Team(device) as team:
+        return train_together(config, device, team, report or (lambda step, val_nats: None))
+
+
+def train_together(
+    config: Config, device: torch.device, team: Team, report: Report
+) -> dict[str, float]:
+    """What each process of the team does."""
+    started = time.perf_counter()
+    dtype, reason = pick_dtype(config.dtype, device)
+    check(config.batch_size % (config.accumulate * team.size) == 0, "batch_size",
+          config.batch_size, f"a multiple of accumulate={config.accumulate} times {team.size} "
+          "processes")  # fmt: skip
     folder, trunk = Path(config.out), None
+    if team.first:
+        check_folder(config)
     if config.branch and not (config.resume and checkpoint_files(folder)):
         trunk = branch_point(config)
 
     # 1. data: rows of tokens, a batch of them for each step
     try:
-        data = prepare(config)
+        data = team.one_first(lambda: prepare(config))
     except ValueError as error:  # the text is not as wanted
         raise RunError(str(error)) from error
     end = data.vocabulary.end
@@ -929,13 +1091,22 @@ def train(config: Config) -> dict[str, float]:
     token_bytes = torch.tensor(data.vocabulary.token_bytes, device=device)  # (V,)
 
     # 2. model and optimiser
-    run = Run(config, data.vocabulary, device, dtype)
+    run = Run(config, data.vocabulary, device, dtype, team)
     run.started = started
-    meter = Meter(gpt.flops_per_token(run.model.config), peak_tflops(device))
+    meter = Meter(run)
     describe(run, data, source, reason)
-    with locked(folder), signals_noted() as stops:
-        check_folder(config)  # again: another run may have been first
-        set_up_folder(folder, config, data.vocabulary)
+    with contextlib.ExitStack() as held:
+        stops = held.enter_context(signals_noted())
+        if team.first:
+            held.enter_context(locked(folder))
+            check_folder(config)  # again: another run may have been first
+            set_up_folder(folder, config, data.vocabulary)
+            track = held.enter_context(tracker(config))
+
+        def log(**entry) -> None:
+            if team.first:
+                add_metrics(folder, **entry)
+                track(entry)
 
         # 3. where to begin
         state = load_checkpoint(folder) if config.resume else None
@@ -947,13 +1118,14 @@ def train(config: Config) -> dict[str, float]:
             run.place.best_step = -1  # that checkpoint is in the other folder
             run.save()
             print(f"branch   from {config.branch} at step {run.place.step}")
-        keep_metrics(folder, run.place.step, config.max_steps)
+        if team.first:
+            keep_metrics(folder, run.place.step, config.max_steps)
 
         while run.place.step < config.max_steps:
             began, step, place = time.perf_counter(), run.place.step, run.place
 
             # 4. gradient of the mean loss over all targets of this step, clipped
-            x, y, count = source.batch(place.batch)  # (B, T), (B, T)
+            x, y, count = source.batch(place.batch, team.rank, team.size)  # (B, T), (B, T)
             loss = run.backward(x, y, count)
             named = list(run.model.named_parameters())
             norm = stability.clip_grad_norm_(named, config.grad_clip or math.inf)
@@ -977,7 +1149,7 @@ def train(config: Config) -> dict[str, float]:
                     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                     reason += f"; gradient not finite in {', '.join(names[:3])}{more}"
                 print(f"guard    step {step}, batch {place.batch}: {verdict.action}: {reason}")
-                add_metrics(folder, step=step, guard=verdict.action, reason=reason)
+                log(step=step, guard=verdict.action, reason=reason)
             run.model.zero_grad()
             if verdict.action == "rewind":
                 run.rewind()
@@ -992,7 +1164,7 @@ def train(config: Config) -> dict[str, float]:
             if step % config.log_every == 0 and verdict.action == "go":
                 rate = config.learning_rate * multiplier
                 entry = {"loss": loss.item(), "lr": rate, "gnorm": norm.item()}
-                add_metrics(folder, step=step, **entry)
+                log(step=step, **entry)
                 print(
                     f"step {step:6d}/{config.max_steps} | loss {entry['loss']:.4f} nats | "
                     f"lr {rate:.2e} | gnorm {entry['gnorm']:.2f}"
@@ -1005,28 +1177,30 @@ def train(config: Config) -> dict[str, float]:
                 )
 
             # 7. evaluate, save, stop
-            last, stopping = place.step == config.max_steps, bool(stops)
+            last, stopping = place.step == config.max_steps, team.any(bool(stops))
             best = False
             if place.step % config.eval_every == 0 and not last:
-                nats, bpb = evaluate(run.loss_sum, val, token_bytes, config.eval_tokens)
+                nats, bpb = evaluate(run.loss_sum, val, token_bytes, config.eval_tokens, team)
                 best = nats < place.best
                 if best:
                     place.best, place.best_step = nats, place.step
-                add_metrics(folder, step=place.step, val_nats=nats, val_bpb=bpb)
+                log(step=place.step, val_nats=nats, val_bpb=bpb)
                 print(
                     f"eval {place.step:6d}/{config.max_steps} | val {nats:.4f} nats | "
                     f"{bpb:.4f} bpb" + (" | best so far" if best else "")
                 )
+                report(place.step, nats)
             if place.step % config.checkpoint_every == 0 or best or last or stopping:
                 path = run.save()
             if stopping and not last:
-                name = signal.Signals(stops[0]).name
+                name = signal.Signals(stops[0]).name if stops else "a signal to another process"
                 raise Stopped(f"{name} after step {step}: saved {path}; --resume goes on from it")
 
         # 8. the whole validation text, and stories
-        nats, bpb = evaluate(run.loss_sum, val, token_bytes, limit=len(data.val))
-        add_metrics(folder, step=config.max_steps, val_nats=nats, val_bpb=bpb)
+        nats, bpb = evaluate(run.loss_sum, val, token_bytes, len(data.val), team)
+        log(step=config.max_steps, val_nats=nats, val_bpb=bpb)
     seconds = run.seconds
+    report(config.max_steps, nats)
     if config.data == "stories":
         texts = write_stories(run.model, data.vocabulary, config, count=SAMPLED_STORIES)
         sound = count_sound(texts)
@@ -1040,6 +1214,7 @@ def train(config: Config) -> dict[str, float]:
         "val_bpb": bpb,
         "tokens": run.place.tokens,
         "seconds": seconds,
+        "dollars": team.dollars(config, seconds),
         "tokens_per_second": meter.tokens_per_second,
         "mfu_percent": meter.mfu_percent,
         "peak_memory_gb": peak_memory_gb(device),
@@ -1125,6 +1300,13 @@ def resolve(flags: dict) -> Config:
         raise RunError(f"the run's config.json is damaged: {error}; start anew") from error
 
 
+def quiet_unless_first() -> contextlib.AbstractContextManager:
+    """Of several processes only the first one prints."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        return contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     try:
@@ -1133,8 +1315,9 @@ def main(argv: list[str]) -> int:
             continue_text(config)
             return 0
         has = "a GPU" if torch.cuda.is_available() else "no GPU"
-        print(f"preset   {config.preset}: this machine has {has}; --preset NAME for another")
-        train(config)
+        with quiet_unless_first():
+            print(f"preset   {config.preset}: this machine has {has}; --preset NAME for another")
+            train(config)
         return 0
     except (RunError, tinystories.DownloadError) as error:
         print(f"06_train.py: error: {error}", file=sys.stderr)
@@ -1150,6 +1333,15 @@ def main(argv: list[str]) -> int:
         return 2
     except OSError as error:
         print(f"06_train.py: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RANK" not in os.environ:
+            raise
+        print(
+            f"06_train.py: error: process {os.environ['RANK']} lost the others "
+            f"({str(error).splitlines()[0]}); --resume goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped  at once; what the run has saved is there for --resume")

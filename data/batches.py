@@ -212,9 +212,15 @@ class Batches:
         epochs, places = np.divmod(samples, len(self))
         return np.array([self.shuffle(int(e))[i] for e, i in zip(epochs, places)])
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """Inputs (B, T) int64, targets (B, T) int64 with -100 for padding, number of targets."""
-        return self.take(self.rows_of(step))
+    def batch(self, step: int, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor, int]:
+        """Inputs (B, T) int64, targets (B, T) int64 with -100 for padding, number of targets.
+
+        With size > 1 every size-th row only, from the rank-th on: the share of one of `size`
+        processes. The number of targets is that of the whole batch in any case.
+        """
+        rows = self.rows_of(step)
+        inputs, targets, _ = self.take(rows[rank::size])
+        return inputs, targets, int(self.lengths[rows].sum())
 
     def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor, int]:
         """The same three for the rows given, (B,) int64; B may be any number."""

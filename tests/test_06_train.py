@@ -10,6 +10,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from data import batches, bpe, stories
 
 train = importlib.import_module("06_train")
 gpt = importlib.import_module("03_gpt")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +183,8 @@ def corrupt(monkeypatch, bad):
     """Batches whose number is in `bad` get targets that no model can know."""
     true_batch = batches.Batches.batch
 
-    def batch(self, number):
-        x, y, count = true_batch(self, number)
+    def batch(self, number, *share):
+        x, y, count = true_batch(self, number, *share)
         if number in bad:
             noise = torch.randint(300, y.shape, generator=torch.Generator().manual_seed(number))
             y = torch.where(y < 0, y, noise)
@@ -203,7 +206,9 @@ def test_rewound_run_is_bit_identical_to_one_that_never_saw_the_batches(
     with monkeypatch.context() as patch:
         true_batch = batches.Batches.batch
         patch.setattr(
-            batches.Batches, "batch", lambda self, n: true_batch(self, n if n < 27 else n + 6)
+            batches.Batches,
+            "batch",
+            lambda self, n, *share: true_batch(self, n if n < 27 else n + 6, *share),
         )
         run(capsys, cache, tmp_path / "never", *more)
     metrics, tensors = numbers_of(tmp_path / "rewound")
@@ -339,7 +344,149 @@ def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
         assert status == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
 
 
+# several processes
+
+
+def torchrun(tmp_path, cache, out, *more) -> subprocess.Popen:
+    """The small run in two processes; its output goes to out.log beside the folder."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport faults\n"
+        "faults.make_small()\nsys.exit(faults.train.main(sys.argv[1:]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    log = open(tmp_path / "out.log", "w")  # noqa: SIM115 (the process has it)
+    return subprocess.Popen(
+        [*launch, str(script), *flags(cache, out, *more)], stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of those that torchrun has started, first rank first."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environ = dict(
+                line.split("=", 1)
+                for line in (folder / "environ").read_text().split("\0")
+                if "=" in line
+            )
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile, or belongs to somebody else
+        if parent == process.pid and "RANK" in environ:
+            found[int(environ["RANK"])] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def shared_reference(cache, tmp_path_factory):
+    """The small run in two processes that nothing disturbed; and what it printed."""
+    folder = tmp_path_factory.mktemp("shared")
+    assert torchrun(folder, cache, folder / "run").wait(timeout=300) == 0
+    return numbers_of(folder / "run"), (folder / "out.log").read_text()
+
+
+def test_two_processes_train_like_one(reference, shared_reference):
+    """The same batches; sums of float32 in another order are all that differs, and it grows."""
+    (metrics, _), log = shared_reference
+    wanted_metrics, _ = reference
+    assert [m["step"] for m in metrics] == [m["step"] for m in wanted_metrics]
+    for ours, wanted in zip(metrics, wanted_metrics):
+        for name in ours.keys() & {"loss", "val_nats"}:
+            rel = 1e-6 if ours["step"] <= 5 else 1e-3
+            assert ours[name] == pytest.approx(wanted[name], rel=rel), ours["step"]
+    assert log.count("machine  ") == 1 and log.count("val_nats: ") == 1  # one of them prints
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(shared_reference, cache, tmp_path):
+    (wanted_metrics, wanted_tensors), _ = shared_reference
+    out = tmp_path / "run"
+    process = torchrun(tmp_path, cache, out)
+    deadline = time.time() + 200
+    while not (out / "metrics.jsonl").exists() or '"step": 12' not in (
+        out / "metrics.jsonl"
+    ).read_text():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=100) != 0
+    assert train.load_checkpoint(out)["step"] < 40
+    assert torchrun(tmp_path, cache, out, "--resume").wait(timeout=200) == 0
+    metrics, tensors = numbers_of(out)
+    assert metrics == wanted_metrics
+    assert all(torch.equal(tensors[name], wanted_tensors[name]) for name in wanted_tensors)
+
+
+def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, cache, tmp_path):
+    team = train.Team(torch.device("cpu"))
+    team.size = 3
+    config = train.Config(batch_size=4)
+    with pytest.raises(train.RunError, match="--batch-size 4: wanted a multiple of .* 3 processes"):
+        train.train_together(config, torch.device("cpu"), team, None)
+
+
 # figures
+
+
+def test_report_sees_every_evaluation_and_may_end_the_run(cache, tmp_path):
+    seen = []
+    config = train.resolve(train.read_flags(flags(cache, tmp_path / "whole")))
+    results = train.train(config, lambda step, nats: seen.append((step, nats)))
+    metrics, _ = numbers_of(tmp_path / "whole")
+    assert seen == [(m["step"], m["val_nats"]) for m in metrics if "val_nats" in m]
+    assert seen[-1] == (40, results["val_nats"])
+
+    def enough(step, nats):
+        if step == 16:
+            raise KeyboardInterrupt
+
+    config = train.resolve(train.read_flags(flags(cache, tmp_path / "short")))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, enough)
+    assert train.load_checkpoint(tmp_path / "short")["step"] == 15
+
+
+def test_track_mlflow_holds_the_lines_of_metrics(monkeypatch, capsys, cache, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert run(capsys, cache, tmp_path / "run", "--track", "mlflow")[0] == 0
+    metrics, _ = numbers_of(tmp_path / "run")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("06_train")
+    (theirs,) = client.search_runs([experiment.experiment_id])
+    assert theirs.info.status == "FINISHED" and theirs.data.params["max_steps"] == "40"
+    for name in ("loss", "val_nats"):
+        history = client.get_metric_history(theirs.info.run_id, name)
+        wanted = [(m["step"], m[name]) for m in metrics if name in m]
+        assert sorted((h.step, h.value) for h in history) == wanted
+
+
+def test_track_wandb_leaves_offline_files(capsys, cache, tmp_path):
+    pytest.importorskip("wandb")
+    assert run(capsys, cache, tmp_path / "run", "--track", "wandb")[0] == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_track_without_the_package_is_one_line(monkeypatch, capsys, cache, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, _, stderr = run(capsys, cache, tmp_path / "run", "--track", "wandb")
+    assert status == 2 and "pip install wandb" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("Tesla T4", None)],
+)
+def test_card_is_found_by_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(train, "device_name", lambda device: name)
+    assert train.card(torch.device("cuda"))[0] == tflops
+
+
+def test_dollars_are_price_times_time(capsys, cache, tmp_path):
+    status, stdout, _ = run(capsys, cache, tmp_path / "run", "--dollars-per-hour", 7.2)
+    figures = dict(re.findall(r"^(\w+): (\S+)$", stdout, flags=re.MULTILINE))
+    assert float(figures["dollars"]) == pytest.approx(float(figures["seconds"]) * 0.002)
 
 
 def test_results_add_up(capsys, cache, tmp_path):
