@@ -132,6 +132,7 @@ class Config:
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
     branch: str | None = None  # start from the newest checkpoint of the run in this folder
     sample: str | None = None  # continue this text with the model in out, and do nothing else
+    export: str | None = None  # write the model in out to this folder for transformers, and end
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     dtype: str = "auto"  # of matrix products: "float32", "bfloat16", or what suits the device
@@ -495,8 +496,8 @@ def prepare(config: Config) -> Data:
 
 STARTED = {"config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
-MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "device", "compile", "accumulate"}
-MAY_CHANGE |= {"implementation", "deterministic"}
+MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "export", "device", "compile"}
+MAY_CHANGE |= {"accumulate", "implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"temperature", "min_p", "dollars_per_hour", "track"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
@@ -1226,12 +1227,12 @@ def train_together(
     return results
 
 
-def continue_text(config: Config) -> None:
-    """Prints how the model in --out goes on from --sample."""
+def trained(config: Config, flag: str) -> tuple[gpt.GPT, bpe.Vocabulary]:
+    """The model of the run in --out, from its newest checkpoint, and its vocabulary."""
     folder = Path(config.out)
     state = load_checkpoint(folder) if folder.is_dir() else None
     if state is None:
-        raise RunError(f"--sample: no checkpoint in {folder}; train first, or give its --out")
+        raise RunError(f"{flag}: no checkpoint in {folder}; train first, or give its --out")
     for name in ("model", "vocab_size", "seq_len"):
         check(getattr(config, name) == state["config"][name], name, getattr(config, name),
               f"{state['config'][name]}, as the run in {folder} has it")  # fmt: skip
@@ -1241,8 +1242,24 @@ def continue_text(config: Config) -> None:
         raise RunError(str(error)) from error
     model = build(config, vocabulary)
     model.load_state_dict(state["model"])
-    model.to(pick_device(config.device))
+    return model.to(pick_device(config.device)), vocabulary
+
+
+def continue_text(config: Config) -> None:
+    """Prints how the model in --out goes on from --sample."""
+    model, vocabulary = trained(config, "--sample")
     print(write_stories(model, vocabulary, config, config.sample)[0])
+
+
+def export(config: Config) -> None:
+    """Writes the model in --out, with its tokeniser, as a folder that `transformers` loads."""
+    model, vocabulary = trained(config, "--export")
+    try:
+        gpt.to_huggingface(model, config.export)
+    except ImportError as error:
+        raise RunError(f"--export: {error}") from error
+    bpe.to_huggingface(vocabulary, config.export)
+    print(f"export   {config.export}: AutoModelForCausalLM and AutoTokenizer load it")
 
 
 # The command line: every field of Config is a flag
@@ -1291,9 +1308,9 @@ def resolve(flags: dict) -> Config:
     stored = {}
     if flags.get("branch") is not None:
         stored |= stored_config(Path(flags["branch"])) or {}
-    if flags.get("resume") or flags.get("sample") is not None:
+    if flags.get("resume") or flags.keys() & {"sample", "export"}:
         stored |= stored_config(Path(flags.get("out", base.get("out", Config.out)))) or {}
-    stored = {k: v for k, v in stored.items() if k not in ("resume", "sample", "out")}
+    stored = {k: v for k, v in stored.items() if k not in ("resume", "sample", "export", "out")}
     try:
         return Config(**base | stored | flags)
     except TypeError as error:  # a flag has its type from the parser, so it is the stored run's
@@ -1313,6 +1330,9 @@ def main(argv: list[str]) -> int:
         config = resolve(read_flags(argv))
         if config.sample is not None:
             continue_text(config)
+            return 0
+        if config.export is not None:
+            export(config)
             return 0
         has = "a GPU" if torch.cuda.is_available() else "no GPU"
         with quiet_unless_first():

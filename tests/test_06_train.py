@@ -532,6 +532,20 @@ def test_sample_continues_the_prompt(capsys, cache, tmp_path):
     assert run(capsys, cache, out, "--sample", "Once upon a time,", "--seed", 0)[1] == stdout
 
 
+def test_export_goes_on_in_transformers_like_sample_here(capsys, cache, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    out, folder = tmp_path / "run", tmp_path / "exported"
+    run(capsys, cache, out)
+    status, stdout, _ = run(capsys, cache, out, "--export", folder)
+    assert status == 0 and str(folder) in stdout
+    _, ours, _ = run(capsys, cache, out, "--sample", "Once upon", "--temperature", 0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer("Once upon", return_tensors="pt")
+    ids = model.generate(**prompt, max_length=64, do_sample=False)[0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == ours.strip("\n")
+
+
 def test_sample_with_another_model_or_a_damaged_vocabulary_is_one_line(capsys, cache, tmp_path):
     out = tmp_path / "run"
     run(capsys, cache, out, "--max-steps", 5)
