@@ -111,12 +111,12 @@ def all_changes(model: gpt.GPT) -> gpt.GPT:
 FULL = {
     "optimizer": "muon",
     "learning_rate": 6e-3,
-    "muon_learning_rate": 2e-2,
+    "muon_learning_rate": 1e-2,
     "schedule": "wsd",
 }
 BACK = {  # a choice of the recipe -> what was there before it
     "Muon": Arm({"optimizer": "adamw"}),
-    "the learning rates": Arm({"learning_rate": 6e-4, "muon_learning_rate": 2e-3}),
+    "the learning rates": Arm({"learning_rate": 6e-4, "muon_learning_rate": 1e-3}),
     "QK-norm": Arm({}, without_qk_norm),
     "RoPE": Arm({}, with_learned_positions),
     "dropout 0": Arm({}, with_dropout),
@@ -131,7 +131,7 @@ ARMS = {
 }  # fmt: skip
 TUNED = [  # arm and rates, --tune
     *[("without Muon", {"learning_rate": rate}) for rate in (3e-3, 6e-3, 1e-2)],
-    *[("full recipe", {"muon_learning_rate": rate}) for rate in (1e-2, 2e-2, 4e-2)],
+    *[("full recipe", {"muon_learning_rate": rate}) for rate in (5e-3, 1e-2, 2e-2, 4e-2)],
     ("full recipe", {"learning_rate": 3e-3}),
 ]
 
@@ -196,7 +196,7 @@ def measure_speed(data: str, cache: str, turns: int = 25) -> dict[str, float]:
         with building(name):
             config = train.Config(data=data, cache=cache, **settings_of(name, {}))
             prepared = train.prepare(config)
-            run = train.Run(config, prepared.vocabulary, device, torch.float32)
+            run = train.Run(config, prepared.vocabulary, device, torch.float32, train.Team(device))
         rows = batches.story_rows(prepared.train, prepared.vocabulary.end, config.seq_len)
         size = (config.batch_size, config.seq_len, config.seed, device)
         source = batches.Batches(prepared.train, rows, *size)
@@ -362,6 +362,8 @@ def main(argv: list[str]) -> int:
         texts = list(dict.fromkeys(run["text"] for run in kept["runs"]))
         texts = [text for text in texts if table(kept, text, args.steps)]
         print("\n\n".join(table(kept, text, args.steps) for text in texts))
+        if args.plot and not texts:
+            raise train.RunError(f"--plot: no full recipe of {args.steps} steps in {args.json}")
         if args.plot:
             plot(kept, texts, args.steps, args.plot)
     except train.RunError as error:

@@ -171,8 +171,7 @@ def test_arms_are_trained_as_06_trains(text, tmp_path):
         runs[name] = ladder.run_arm(run, str(text), str(tmp_path / "cache"))
     wanted = train.train(
         train.Config(data=str(text), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"),
-                     seed=3, max_steps=6, optimizer="muon", learning_rate=6e-3,
-                     muon_learning_rate=2e-2, schedule="wsd", **size)
+                     seed=3, max_steps=6, **ladder.FULL, **size)
     )  # fmt: skip
     for name in ("val_nats", "val_bpb", "tokens"):
         assert runs["full recipe"][name] == wanted[name]
@@ -250,7 +249,7 @@ def test_tuning_stays_out_of_the_table(trained, tmp_path):
 
 
 def entry(arm, seed, bpb):
-    return ladder.describe(arm, "text.txt", seed, 250, {}) | {"val_bpb": bpb}
+    return ladder.describe(arm, "text.txt", seed, ladder.STEPS, {}) | {"val_bpb": bpb}
 
 
 KEPT = {
@@ -265,7 +264,7 @@ KEPT = {
 def test_table_by_hand():
     # squares within the arms: 2 + 8, degrees of freedom 1 + 2
     sd = math.sqrt(10 / 3)
-    lines = ladder.table(KEPT, "text.txt", 250).splitlines()
+    lines = ladder.table(KEPT, "text.txt", ladder.STEPS).splitlines()
     assert f"seeds {sd:.4f}" in lines[0]
     assert lines[-2] == f"| full recipe | 2.000 ± {sd / math.sqrt(2):.3f} |  | x 1.00 | 2 |"
     error = sd * math.sqrt(1 / 3 + 1 / 2)
@@ -294,6 +293,7 @@ def test_plot_draws_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
         assert ladder.main(flags) == 2
         assert "pip install matplotlib" in capsys.readouterr().err and not picture.exists()
     pytest.importorskip("matplotlib")
+    assert ladder.main([*flags, "--steps", "7"]) == 2 and not picture.exists()
     assert ladder.main(flags) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
