@@ -75,6 +75,7 @@ import difflib
 import importlib
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import numbers
@@ -872,7 +873,7 @@ def surroundings() -> dict:
     }
 
 
-# 6. Execution: objectives, in this process or in others
+# 6. Execution: objectives, in this process, in others, or on other machines
 #
 # An objective is called with (config, budget, folder): the chosen values and "seed", how far to go,
 # and a folder of its own, in which it may find what it left there when it was here last. It
@@ -899,46 +900,55 @@ def follow(objective: Objective, config: dict, budget: int, folder: Path) -> Ite
         yield report._replace(value=float(report.value), seconds=time.perf_counter() - started)
 
 
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")
+def needed(module: str, package: str, flag: str):
+    """An optional package, or one line that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SweepError(f"{flag} needs {package}: pip install {package}") from error
 
 
-class InProcess:
-    """Runs one trial at a time, here. Same methods as `Workers`."""
+class WorkerDied(Exception):
+    """A worker ended in the midst of a trial."""
+
+
+class Here:
+    """A worker: it has one trial at a time, and stops after each report to hear what to do.
+
+    send: a job (config, budget, folder) to begin, True to go on, False to leave the trial. After
+    the first two, receive() waits for what comes: a report, None at the end, or the message of a
+    crash. This one works when it is asked; the others are such a one elsewhere.
+    """
 
     def __init__(self, objective: Objective):
-        self.objective, self.running = objective, {}
+        self.objective, self.reports = objective, None
 
-    def free(self) -> bool:
-        return not self.running
+    def send(self, message: tuple | bool) -> None:
+        if message is False:
+            self.reports.close()
+        elif message is not True:
+            self.reports, self.folder = follow(self.objective, *message), message[-1]
 
-    def start(self, index: int, config: dict, budget: int, folder: Path) -> None:
-        self.running[index] = follow(self.objective, config, budget, folder), folder
-
-    def wait(self) -> tuple[int, Report | str | None]:
-        """(trial, its next report), (trial, None) at its end, (trial, message) when it crashed."""
-        (index, (reports, folder)) = next(iter(self.running.items()))
+    def receive(self) -> tuple | str | None:
         try:
-            report = next(reports, None)
+            report = next(self.reports, None)
+            return report and tuple(report)
         except Exception as error:
-            (folder / "error.txt").write_text(traceback.format_exc())
-            report = one_line(error)
-        if not isinstance(report, Report):
-            del self.running[index]
-        return index, report
+            (self.folder / "error.txt").write_text(traceback.format_exc())
+            return f"{type(error).__name__}: {error}".replace("\n", " ")
 
-    def answer(self, index: int, go_on: bool) -> None:
-        """To be called after each report."""
-        if not go_on:
-            self.running.pop(index)[0].close()
+    @staticmethod
+    def ready(workers: list) -> list:
+        """Those whose news are there; waits for the first."""
+        return workers
 
     def close(self) -> None:
-        for index in list(self.running):
-            self.answer(index, go_on=False)
+        if self.reports:
+            self.reports.close()
 
 
-def work(objective: Objective, pipe: connection.Connection, threads: int) -> None:
-    """What a worker process does: take a trial, send each report, hear whether to go on."""
+def serve(objective: Objective, pipe: connection.Connection, threads: int) -> None:
+    """What the process of an `InProcess` does."""
 
     def die_with_parent():
         connection.wait([multiprocessing.parent_process().sentinel])
@@ -946,83 +956,155 @@ def work(objective: Objective, pipe: connection.Connection, threads: int) -> Non
 
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    while True:
+    worker = Here(objective)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            message = pipe.recv()
+            worker.send(message)
+            if message is not False:
+                pipe.send(worker.receive())
+
+
+class InProcess:
+    """A worker in a process of its own on this machine."""
+
+    def __init__(self, objective: Objective, threads: int):
+        methods = multiprocessing.get_all_start_methods()
+        method = "forkserver" if "forkserver" in methods else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":  # imports torch once, not in every worker
+            context.set_forkserver_preload(["__main__", "06_train"])
+        self.pipe, theirs = context.Pipe()
+        arguments = (objective, theirs, threads)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, message: tuple | bool) -> None:
+        self.pipe.send(message)
+
+    def receive(self) -> tuple | str | None:
         try:
-            config, budget, folder = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self.process.join()
+            raise WorkerDied(f"exit code {self.process.exitcode}") from error
+
+    @staticmethod
+    def ready(workers: list) -> list:
+        pipes = connection.wait([w.pipe for w in workers])
+        return [w for w in workers if w.pipe in pipes]
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+class OnRay:
+    """A worker on a Ray cluster, with a CPU of it and a share of its GPUs.
+
+    The study's folder and these files have to lie at the same place on all of its machines.
+    """
+
+    def __init__(self, objective: Objective, gpus: float):
+        self.ray = importlib.import_module("ray")
+        actor = self.ray.remote(num_cpus=1, num_gpus=gpus)(Here)
+        self.actor = actor.remote(objective)
+
+    @staticmethod
+    def connect(address: str | None, workers: int):
+        """Finds the cluster: at the address, at RAY_ADDRESS, or makes one of this machine."""
+        ray = needed("ray", "ray", "--executor ray")
+        address = address or os.environ.get("RAY_ADDRESS", "local")
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
+        settings: dict = {"runtime_env": {"env_vars": paths}, "log_to_driver": False}
+        settings["logging_level"] = logging.ERROR
+        if address == "local":
+            settings |= {"num_cpus": workers, "include_dashboard": False}
+            settings |= {"object_store_memory": 10**8}  # bytes: only reports go through it
         try:
-            with contextlib.closing(follow(objective, config, budget, folder)) as reports:
-                for report in reports:
-                    pipe.send(report)
-                    if not pipe.recv():
-                        break
-                else:
-                    pipe.send(None)
-        except KeyboardInterrupt:
-            return
-        except Exception as error:
-            (folder / "error.txt").write_text(traceback.format_exc())
-            pipe.send(one_line(error))
+            ray.init(address, **settings)
+        except (ConnectionError, ValueError) as error:
+            raise SweepError(f"--address {address}: {error}") from error
+        return ray
+
+    def send(self, message: tuple | bool) -> None:
+        self.actor.send.remote(message)
+        if message is not False:
+            self.news = self.actor.receive.remote()
+
+    def receive(self) -> tuple | str | None:
+        try:
+            return self.ray.get(self.news)
+        except self.ray.exceptions.RayError as error:
+            raise WorkerDied(str(error).splitlines()[0]) from error
+
+    @staticmethod
+    def ready(workers: list) -> list:
+        found, _ = workers[0].ray.wait([w.news for w in workers])
+        return [w for w in workers if w.news in found]
+
+    def close(self) -> None:
+        self.ray.kill(self.actor)
 
 
 class Workers:
-    """Runs up to `count` trials at a time in processes of their own.
+    """Runs as many trials at a time as there are workers; another takes the place of a dead one."""
 
-    A worker that dies takes its trial with it, and another takes its place.
-    """
+    def __init__(self, hire: Callable[[], Here | InProcess | OnRay], count: int):
+        self.hire, self.running = hire, {}
+        self.idle = [hire() for _ in range(count)]
 
-    def __init__(self, objective: Objective, count: int):
-        methods = multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context(
-            "forkserver" if "forkserver" in methods else "spawn"
-        )
-        if "forkserver" in methods:  # imports torch once, not in every worker
-            self.context.set_forkserver_preload(["__main__", "06_train"])
-        self.objective, self.threads = objective, max(1, torch.get_num_threads() // count)
-        self.idle: list = [self._hire() for _ in range(count)]
-        self.running: dict = {}
-
-    def _hire(self) -> tuple:
-        pipe, theirs = self.context.Pipe()
-        arguments = (self.objective, theirs, self.threads)
-        process = self.context.Process(target=work, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        return process, pipe
-
-    def free(self) -> bool:
-        return bool(self.idle)
-
-    def start(self, index: int, config: dict, budget: int, folder: Path) -> None:
-        worker = self.idle.pop()
-        worker[1].send((config, budget, folder))
-        self.running[index] = worker
+    def start(self, index: int, *job) -> None:
+        self.running[index] = self.idle.pop()
+        self.running[index].send(job)
 
     def wait(self) -> tuple[int, Report | str | None]:
-        ready = connection.wait([pipe for _, pipe in self.running.values()])
-        index = min(i for i, (_, pipe) in self.running.items() if pipe in ready)
-        process, pipe = self.running[index]
+        """(trial, its next report), (trial, None) at its end, (trial, message) when it crashed."""
+        busy = list(self.running.values())
+        ready = busy[0].ready(busy)
+        index = min(i for i, worker in self.running.items() if worker in ready)
         try:
-            report = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            process.join()
-            report = f"WorkerDied: exit code {process.exitcode}"
-            self.running[index] = self._hire()
-        if not isinstance(report, Report):
-            self.idle.append(self.running.pop(index))
-        return index, report
+            news = self.running[index].receive()
+        except WorkerDied as error:
+            self.running[index], news = self.hire(), f"WorkerDied: {error}"
+        if isinstance(news, tuple):
+            return index, Report(*news)
+        self.idle.append(self.running.pop(index))
+        return index, news
 
     def answer(self, index: int, go_on: bool) -> None:
-        self.running[index][1].send(go_on)
+        """To be called after each report."""
+        self.running[index].send(go_on)
         if not go_on:
             self.idle.append(self.running.pop(index))
 
     def close(self) -> None:
-        for process, pipe in [*self.idle, *self.running.values()]:
-            pipe.close()
-            process.terminate()
-            process.join()
+        for worker in [*self.idle, *self.running.values()]:
+            worker.close()
+
+
+@contextlib.contextmanager
+def employed(
+    objective: Objective, count: int, executor: str, address: str | None
+) -> Iterator[Workers]:
+    """So many workers: for "local" here or, from two on, in processes; for "ray" on a cluster."""
+    ray = OnRay.connect(address, count) if executor == "ray" else None
+    if ray:
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / count)
+        pool = Workers(lambda: OnRay(objective, gpus), count)
+    elif count == 1:
+        pool = Workers(lambda: Here(objective), count)
+    else:
+        threads = max(1, torch.get_num_threads() // count)
+        pool = Workers(lambda: InProcess(objective, threads), count)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        if ray:
+            ray.shutdown()
 
 
 # 7. The study: space, sampler, rule, store and workers together
@@ -1179,7 +1261,14 @@ class Study:
             return self.trials[promoted]
         return self.ask() if len(self.trials) < total else None
 
-    def run(self, limits: Limits, workers: int = 1, show: bool = True) -> Study:
+    def run(
+        self,
+        limits: Limits,
+        workers: int = 1,
+        show: bool = True,
+        executor: str = "local",
+        address: str | None = None,
+    ) -> Study:
         """Goes on until a limit is reached or nothing is left to do. Ctrl-C loses nothing."""
         check(workers >= 1, "workers", workers, "at least 1")
         ends = (limits.trials, limits.tokens, limits.seconds, limits.dollars)
@@ -1193,17 +1282,14 @@ class Study:
             if not self.store.read():
                 self.store.append(study=self.identity())
             self.store.append(session=surroundings())
-            pool = InProcess(self.objective) if workers == 1 else Workers(self.objective, workers)
-            try:
+            with employed(self.objective, workers, executor, address) as pool:
                 self._loop(pool, show)
-            finally:
-                pool.close()
         return self
 
-    def _loop(self, pool: InProcess | Workers, show: bool) -> None:
+    def _loop(self, pool: Workers, show: bool) -> None:
         while True:
             busy = [self.trials[i] for i in pool.running]
-            while pool.free() and (trial := self.next_job(busy)):
+            while pool.idle and (trial := self.next_job(busy)):
                 self.record(trial, "running")
                 config = {"seed": trial.seed} | self.space.config(trial.params)
                 folder = self.folder / f"trial-{trial.index:05d}"
@@ -1441,14 +1527,6 @@ def parallel(study: Study, width: int = 41) -> str:
     return "\n".join(lines)
 
 
-def needed(module: str, package: str, flag: str):
-    """An optional package, or one line that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SweepError(f"{flag} needs {package}: pip install {package}") from error
-
-
 def plot(study: Study, folder: Path) -> list[Path]:
     """Saves curves.png, parallel.png, importance.png and best.png; needs matplotlib."""
     needed("matplotlib", "matplotlib", "--plot").use("Agg")
@@ -1583,7 +1661,9 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--eta", type=int, default=3, help="one trial in eta goes on to the next rung")
     add("--seeds", type=int, default=1, help="runs of each trial, to take the mean of")
     add("--seed", type=int, default=0, help="of the study")
-    add("--workers", type=int, default=1, help="processes; 1: this one")
+    add("--workers", type=int, default=1, help="trials at once; 1: in this process")
+    add("--executor", choices=("local", "ray"), default="local", help="where they run")
+    add("--address", help="of the Ray cluster; else RAY_ADDRESS, else one made here")
     add("--trials", type=int, help="end after so many, 20 where no other end is given")
     add("--tokens", type=float, help="end when so many are trained on")
     add("--seconds", type=float, help="end after this time")
@@ -1666,7 +1746,12 @@ def main(argv: list[str]) -> int:
             raise SweepError(f"--out {study.folder} holds this study: add --resume to go on")
         if not settings.report:
             limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
-            study.run(limits, settings.workers)
+            study.run(
+                limits,
+                settings.workers,
+                executor=settings.executor,
+                address=settings.address,
+            )
         report(study)
         if settings.track:
             TRACKERS[settings.track](study)

@@ -4,7 +4,9 @@ Run: python -m pytest tests/test_07_sweep.py
 The yardstick against optuna and 200 kills, into results/sweep.json: python tests/test_07_sweep.py
 """
 
+import ast
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -18,14 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import typing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna import distributions as d
+from optuna.samplers._tpe import parzen_estimator as theirs
+from optuna.samplers._tpe.sampler import default_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,6 +44,7 @@ Range, Choice, Space, Limits, Report = (
 Random, Sobol, Grid, TPE = sweep.Random, sweep.Sobol, sweep.Grid, sweep.TPE
 Full, Median, ASHA, Hyperband = sweep.Full, sweep.Median, sweep.ASHA, sweep.Hyperband
 SweepError = sweep.SweepError
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,9 +81,9 @@ def study(folder, objective=bowl, sampler=None, rule=None, space=LINE, seed=0):
     return sweep.Study(folder, space, objective, sampler or Random(), rule or Full(9), seed)
 
 
-def run(folder, *args, workers=1, **kwargs):
+def run(folder, *args, workers=1, executor="local", **kwargs):
     limits = kwargs.pop("limits", Limits(trials=kwargs.pop("trials", 12)))
-    return study(folder, *args, **kwargs).run(limits, workers, show=False)
+    return study(folder, *args, **kwargs).run(limits, workers, show=False, executor=executor)
 
 
 def outcome(s):
@@ -228,10 +237,6 @@ def test_parzen_known_log_density():
 
 
 def test_parzen_equals_optuna():
-    pytest.importorskip("optuna")
-    from optuna import distributions as d
-    from optuna.samplers._tpe import parzen_estimator as theirs
-
     ours = {
         "f": Range(-1.0, 2.0), "log": Range(1e-5, 1e-1, log=True), "n": Range(1, 9),
         "q": Range(0.0, 1.0, step=0.25), "nlog": Range(1, 64, log=True), "c": Choice("abc"),
@@ -246,15 +251,10 @@ def test_parzen_equals_optuna():
     def arrays(points):
         return {k: np.array([optunas[k].to_internal_repr(p[k]) for p in points]) for k in ours}
 
-    def weights(n):
-        from optuna.samplers._tpe.sampler import default_weights
-
-        return default_weights(n)
-
     for seen in (0, 1, 2, 7, 25, 26, 60):
         points = [Random().suggest(space, 3, i, []) for i in range(seen)]
         queries = [Random().suggest(space, 4, i, []) for i in range(50)]
-        settings = theirs._ParzenEstimatorParameters(1.0, True, False, weights, True)
+        settings = theirs._ParzenEstimatorParameters(1.0, True, False, default_weights, True)
         estimator = theirs._ParzenEstimator(arrays(points), optunas, settings)
         found = sweep.Parzen(space.params, points).log_density(queries)
         np.testing.assert_allclose(found, estimator.log_pdf(arrays(queries)), atol=1e-10, rtol=0)
@@ -345,8 +345,6 @@ def test_halving_goes_on_when_a_trial_fails(tmp_path):
 
 @pytest.mark.parametrize("eta", [2, 3, 4])
 def test_asha_stop_decides_as_optuna(eta):
-    optuna = pytest.importorskip("optuna")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     values = np.random.default_rng(eta).normal(size=(120, 28)).round(1)  # with ties
     values[7, 1] = math.nan
     pruner = optuna.pruners.SuccessiveHalvingPruner(1, eta)
@@ -374,10 +372,20 @@ def test_asha_stop_decides_as_optuna(eta):
     assert ours == reached and {1, eta, eta**2} <= set(reached)
 
 
+def ray_bracket():
+    """Ray's own class, from its file: importing ray.tune would ask for pandas and pyarrow."""
+    place = Path(importlib.util.find_spec("ray").origin).parent
+    tree = ast.parse((place / "tune/schedulers/async_hyperband.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") == "_Bracket"]
+    words = types.SimpleNamespace(CONTINUE="CONTINUE", STOP="STOP")
+    names = {"np": np, "TrialScheduler": words, "Trial": object, **vars(typing)}
+    exec(compile(tree, "async_hyperband.py", "exec"), names)
+    return names["_Bracket"]
+
+
 @pytest.mark.parametrize("eta", [2, 3, 4])
 def test_asha_percentile_decides_as_ray(eta):
-    schedulers = pytest.importorskip("ray.tune.schedulers.async_hyperband")
-    bracket = schedulers._Bracket(1, 10**6, eta, 0)
+    bracket = ray_bracket()(1, 10**6, eta, 0)
 
     class Named:
         def __init__(self, index):
@@ -446,8 +454,6 @@ def test_asha_forms_pass_the_known_fractions():
 
 
 def test_median_decides_as_optuna():
-    optuna = pytest.importorskip("optuna")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     values = np.random.default_rng(1).normal(size=(80, 11)) + np.linspace(2, 0, 11)
     theirs = optuna.create_study(pruner=optuna.pruners.MedianPruner(5, 2))
     rule, rungs, states = Median(10, startup=5, warmup=2), {}, {}
@@ -645,7 +651,7 @@ def troubled(config, budget, folder):
     print(f"trial {index} with x = {config['x']}")
     if index == 1:
         raise ValueError("on\npurpose")
-    if index == 2 and multiprocessing.parent_process():
+    if index == 2 and (multiprocessing.parent_process() or "RAY_RAYLET_PID" in os.environ):
         os._exit(7)
     if index == 3:
         return iter([(1, 0.5)])  # never reaches its budget
@@ -665,6 +671,22 @@ def test_a_crashing_trial_is_recorded_and_the_study_goes_on(workers, tmp_path):
     assert (tmp_path / "s" / "trial-00004" / "log.txt").read_text().startswith("trial 4 with x = ")
     if workers == 2:
         assert again.trials[2].message == "WorkerDied: exit code 7"
+
+
+def test_ray_does_what_workers_here_do(tmp_path, monkeypatch):
+    """On a cluster of its own: a crash, a death, a report that is missing, and what is well."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here, there = (
+        run(tmp_path / executor, troubled, workers=2, trials=8, executor=executor)
+        for executor in ("local", "ray")
+    )
+    assert outcome(there) == outcome(here)
+    died = there.trials[2]
+    assert died.state == "failed" and died.message.startswith("WorkerDied: ")
+    assert [t.message for t in there.trials if t is not died] == [
+        t.message for t in here.trials if t.index != 2
+    ]
+    assert (tmp_path / "ray" / "trial-00004" / "log.txt").read_text().startswith("trial 4 with")
 
 
 def sleeper(config, budget, folder):
@@ -824,7 +846,6 @@ def test_parallel_shows_the_best_where_they_lie(tmp_path):
 
 
 def test_plot_saves_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
     s = run(tmp_path / "s", bowl_in_steps, rule=ASHA(9, 1, 3))
     files = sweep.plot(s, tmp_path / "pictures")
     assert [f.name for f in files] == ["curves.png", "parallel.png", "importance.png", "best.png"]
@@ -836,7 +857,8 @@ def test_plot_saves_pictures(tmp_path):
 
 
 def test_mlflow_gives_back_what_the_study_found(tmp_path):
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     s = run(tmp_path / "s", troubled, trials=5)
     sweep.to_mlflow(s)
     sweep.to_mlflow(s)  # adds nothing
@@ -853,7 +875,6 @@ def test_mlflow_gives_back_what_the_study_found(tmp_path):
 
 
 def test_wandb_writes_offline_runs(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     s = run(tmp_path / "s", troubled, trials=2)
     sweep.to_wandb(s)
@@ -869,6 +890,12 @@ def test_trackers_that_are_not_there_say_how_to_get_them(name, tmp_path, monkeyp
     s = run(tmp_path / "s", trials=1)
     with pytest.raises(SweepError, match=f"--track {name} needs {name}: pip install {name}"):
         sweep.TRACKERS[name](s)
+
+
+def test_ray_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SweepError, match="--executor ray needs ray: pip install ray"):
+        run(tmp_path / "s", executor="ray", trials=1)
 
 
 # the command line
@@ -967,11 +994,29 @@ def test_a_value_that_does_not_reach_the_run_is_an_error(tmp_path, train_flags, 
     assert s.states == {0: "failed"} and "which was chosen" in s.trials[0].message
 
 
+def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags):
+    """06's runs by the command line, on a cluster found by RAY_ADDRESS that says it has a GPU."""
+    import ray
+
+    argv = ["--tune", "learning_rate=1e-3:1e-1:log", "--sampler", "random", "--trials", "2",
+            "--budget", "2", "--workers", "2"]  # fmt: skip
+    cluster = ray.init("local", num_cpus=2, num_gpus=1, object_store_memory=10**8,
+                       include_dashboard=False)  # fmt: skip
+    tables = []
+    for executor in ("local", "ray"):
+        where = ["--executor", executor, "--out", str(tmp_path / executor), "--", *train_flags]
+        command = [sys.executable, sweep.__file__, *argv, *where]
+        env = {**os.environ, "RAY_ADDRESS": cluster["address"], "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = done.stdout.split("\n\n")[1].splitlines()
+        tables.append([row.split()[:-1] for row in rows])  # all but the seconds
+    ray.shutdown()
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+
+
 def optuna_search(sampler, seed, trials=60):
     """What 07_sweep.py's `search` does, by optuna."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def objective(asked):
         point = {
@@ -989,8 +1034,6 @@ def optuna_search(sampler, seed, trials=60):
 
 def yardstick(seeds=30):
     """Best of 60 trials, median over the seeds: ours and optuna's, in one process."""
-    import optuna
-
     tpe = optuna.samplers.TPESampler
     ours = {
         "random": Random(), "sobol": Sobol(), "tpe, each parameter by itself": TPE(joint=False),
