@@ -68,12 +68,10 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import typing
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -82,7 +80,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import batches, bpe, stories, tinystories
+from data import batches, bpe, corpus, stories, tinystories
 
 try:
     import fcntl
@@ -102,10 +100,10 @@ muon = importlib.import_module("10_muon")
 KEEP = 3  # newest checkpoints kept, in case the last one is damaged; the best is kept too
 MAX_REWINDS = 5  # in a row: a run that goes back more often has something wrong with it
 NEAR = 10  # steps: spikes closer together than this are in a row
-HELD_OUT = 50  # of a user's file, one story in 50 is kept for validation
-VAL_STORIES = 500  # built-in stories to validate on
 SAMPLED_STORIES = 100  # written at the end on the built-in stories, and checked by the grammar
 UNTIMED_STEPS = 3  # after a start: they compile, allocate and warm caches
+TRIAL_STEPS, TRIAL_TOKENS = 5, 2048  # of --plan; the latter on a CPU
+MFU = 0.4  # model FLOP/s over peak, for --plan: autoresearch's 8 x 512 has 0.398 on an H100
 # GPUs, by a part of the name that torch reports: dense bfloat16 TFLOP/s (makers' data sheets),
 # memory in 10^9 bytes, dollars an hour (RunPod's Secure Cloud, October 2026; of the L4, what
 # smolGPT paid: $13 for 18.5 h; None: not looked up)
@@ -132,6 +130,7 @@ class Config:
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
     branch: str | None = None  # start from the newest checkpoint of the run in this folder
     sample: str | None = None  # continue this text with the model in out, and do nothing else
+    plan: bool = False  # say what the run would take in memory, hours and dollars, and end
     export: str | None = None  # write the model in out to this folder for transformers, and end
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # "auto": cuda if there is one, else cpu
@@ -370,134 +369,12 @@ class Team:
         return price and price * self.size * seconds / 3600
 
 
-# Data: text -> vocabulary -> token files, made once and kept in the cache
-
-
-@dataclass(frozen=True)
-class Text:
-    """Stories to train on, and others to validate on. Each call reads them from the beginning."""
-
-    name: str
-    identity: object  # what has to be equal for prepared tokens to be used again
-    train: Callable[[], Iterable[str]]
-    val: Callable[[], Iterable[str]]
-    val_nats: float | None = None  # -ln probability of all val stories, where it is known
-
-
-@dataclass(frozen=True)
-class Data:
-    vocabulary: bpe.Vocabulary
-    train: np.ndarray  # uint16 ids
-    val: np.ndarray
-    about_train: batches.TokenFile
-    about_val: batches.TokenFile
-
-
-def builtin_text(story_count: int) -> Text:
-    val = list(stories.corpus(VAL_STORIES, seed=1))
-    return Text(
-        name="built-in stories",
-        identity=(Path(stories.__file__).read_bytes(), story_count),
-        train=lambda: (story for story, _ in stories.corpus(story_count, seed=0)),
-        val=lambda: (story for story, _ in val),
-        val_nats=-sum(log_probability for _, log_probability in val),
-    )
-
-
-def tinystories_text(cache: Path) -> Text:
-    train, val = (tinystories.download(split, cache) for split in ("train", "valid"))
-    return Text(
-        name="TinyStoriesV2-GPT4",
-        identity=(train.stat().st_size, val.stat().st_size),
-        train=lambda: bpe.read_stories(train),
-        val=lambda: bpe.read_stories(val),
-    )
-
-
-def file_text(path: Path) -> Text:
-    """A user's file. One story in 50 is held out for validation, by a checksum of its text:
-    so the choice does not move when the file grows, and copies of a story stay on one side."""
-
-    def split(held_out: bool) -> Iterator[str]:
-        found = False
-        for story in bpe.read_stories(path):
-            if (zlib.crc32(story.encode()) % HELD_OUT == 0) == held_out:
-                found = True
-                yield story
-        if held_out and not found:
-            raise ValueError(
-                f"{path}: too few stories: none fell to validation, which takes one in {HELD_OUT}; "
-                "wanted some hundred stories separated by <|endoftext|>"
-            )
-
-    if not path.is_file():
-        raise RunError(
-            f"--data {path}: no such file; wanted 'stories', 'tinystories' or a UTF-8 text file "
-            "with stories separated by <|endoftext|>"
-        )
-    about = path.stat()
-    return Text(
-        name=path.name,
-        identity=(str(path.resolve()), about.st_size, about.st_mtime_ns),
-        train=lambda: split(held_out=False),
-        val=lambda: split(held_out=True),
-    )
-
-
-def prepare(config: Config) -> Data:
-    """Vocabulary and tokens of the text that the config names: from the cache, or made now.
-
-    The cache's folder appears under its name only when it is complete.
-    """
-    cache = Path(config.cache)
-    if config.data == "stories":
-        text = builtin_text(config.story_count)
-    elif config.data == "tinystories":
-        text = tinystories_text(cache)
-    else:
-        text = file_text(Path(config.data))
-    made_from = (text.identity, config.vocab_size, HELD_OUT, VAL_STORIES)
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
-    folder = cache / f"tokens-{key}"
-    if not folder.exists():
-        started = time.perf_counter()
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"tokens-{key}.", suffix=".part", dir=cache))
-        try:
-            vocabulary = bpe.train(text.train(), config.vocab_size)
-            vocabulary.save(part / "vocabulary.json")
-            for name, read, nats in (
-                ("train", text.train, None),
-                ("val", text.val, text.val_nats),
-            ):
-                batches.write_tokens(
-                    part / name,
-                    bpe.encode(read(), vocabulary),
-                    vocabulary=vocabulary.hash,
-                    end=vocabulary.end,
-                    source=f"{text.name}, {name}",
-                    total_nats=nats,
-                )
-            if not folder.exists():  # or another run has made the same in the meantime
-                part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        print(f"data     prepared in {time.perf_counter() - started:.1f} s, kept in {folder}")
-    try:
-        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
-        train, about_train = batches.open_tokens(folder / "train", vocabulary.hash)
-        val, about_val = batches.open_tokens(folder / "val", vocabulary.hash)
-    except (ValueError, FileNotFoundError) as error:
-        raise RunError(f"{error}; delete {folder} to have it made again") from error
-    return Data(vocabulary, train, val, about_train, about_val)
-
-
 # The run folder: config.json, vocabulary.json, metrics.jsonl, step-STEP-CHECKSUM.pt
 
 STARTED = {"config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
-MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "export", "device", "compile"}
-MAY_CHANGE |= {"accumulate", "implementation", "deterministic"}
+MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "plan", "export", "device"}
+MAY_CHANGE |= {"compile", "accumulate", "implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"temperature", "min_p", "dollars_per_hour", "track"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
@@ -856,16 +733,19 @@ class Meter:
         return f" | {each * 1e3:.0f} ms | {self.tokens_per_second:,.0f} tok/s{mfu} | {left}"
 
 
-def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
-    """A fresh model for this vocabulary, the same for the same seed."""
-    shape = replace(
+def shape_of(config: Config, vocab_size: int) -> gpt.GPTConfig:
+    return replace(
         gpt.PRESETS[config.model],
-        vocab_size=vocabulary.size,
+        vocab_size=vocab_size,
         seq_len=config.seq_len,
         implementation=config.implementation,
     )
+
+
+def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
+    """A fresh model for this vocabulary, the same for the same seed."""
     torch.manual_seed(config.seed)
-    return gpt.GPT(shape)
+    return gpt.GPT(shape_of(config, vocabulary.size))
 
 
 def make_optimizers(config: Config, model: gpt.GPT) -> list[torch.optim.Optimizer]:
@@ -1021,7 +901,12 @@ class Run:
         self.place.seconds = past.seconds  # the time since is counted from self.started
 
 
-def describe(run: Run, data: Data, source: batches.Batches, reason: str) -> None:
+def prepare(config: Config) -> corpus.Data:
+    """Vocabulary and tokens of the text that the config names."""
+    return corpus.prepare(config.data, Path(config.cache), config.vocab_size, config.story_count)
+
+
+def describe(run: Run, data: corpus.Data, source: batches.Batches, reason: str) -> None:
     """The first lines of the log: what is about to be trained, on what, and what to expect."""
     config, about, floor = run.config, data.about_train, data.about_val.floor_nats
     flops, (peak, _, _) = gpt.flops_per_token(run.model.config), card(run.device)
@@ -1078,7 +963,7 @@ def train_together(
     # 1. data: rows of tokens, a batch of them for each step
     try:
         data = team.one_first(lambda: prepare(config))
-    except ValueError as error:  # the text is not as wanted
+    except (ValueError, FileNotFoundError) as error:  # the text is not as wanted
         raise RunError(str(error)) from error
     end = data.vocabulary.end
     if config.rows == "stories":
@@ -1227,6 +1112,111 @@ def train_together(
     return results
 
 
+# What a run takes, told before anything is spent
+
+
+def memory_parts(
+    config: Config, model: gpt.GPT, device_type: str, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes that a process holds at the height of a step, by what they are for.
+
+    The height is where backward begins: all activations are there, and of the gradients those
+    that the loss has made. The others come as the activations go.
+    """
+    shape, parameters = model.config, gpt.parameter_count(model.config)
+    tokens = config.batch_size // config.accumulate * config.seq_len
+    moments = 2 * parameters
+    if config.optimizer == "muon":  # keeps one where AdamW keeps two
+        hidden, _ = muon.split_parameters(model.named_parameters())
+        moments -= sum(p.numel() for _, p in hidden)
+    chunk = losses.CHUNK_LOGITS_CPU if device_type == "cpu" else losses.CHUNK_LOGITS
+    logits = min(tokens * shape.vocab_size, chunk)
+    return {
+        "weights": 4 * parameters,
+        "moments": 4 * moments,
+        "activations": gpt.activation_bytes(shape, tokens, dtype),
+        "logits": logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize),
+        "gradients at the head": 4 * (shape.vocab_size + tokens) * shape.d_model,
+    }
+
+
+def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured medians: seconds a token takes forward and backward, seconds of an update.
+
+    On random tokens: a micro-batch of them on a GPU, on a CPU as many as take seconds.
+    """
+    model = gpt.GPT(shape_of(config, config.vocab_size)).to(device)
+    objective = Objective(model, dtype, config.implementation)
+    optimizers = make_optimizers(config, model)
+    if config.compile:
+        objective.compile()
+    rows = config.batch_size // config.accumulate
+    if device.type == "cpu":
+        rows = min(rows, max(1, TRIAL_TOKENS // config.seq_len))
+    ids = torch.randint(config.vocab_size, (rows, config.seq_len + 1), device=device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(UNTIMED_STEPS + TRIAL_STEPS):
+        times.append([now()])
+        objective(ids[:, :-1], ids[:, 1:]).backward()
+        times[-1].append(now())
+        stability.clip_grad_norm_(list(model.named_parameters()), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        times[-1].append(now())
+    passes, updates = np.median(np.diff(times[UNTIMED_STEPS:]), axis=0)
+    return passes / (rows * config.seq_len), updates
+
+
+def plan(config: Config) -> None:
+    """Prints what the run would take: nothing is downloaded, and no run is begun."""
+    device = pick_device(config.device)
+    dtype, _ = pick_dtype(config.dtype, device)
+    with torch.device("meta"):  # shapes without numbers
+        model = gpt.GPT(shape_of(config, config.vocab_size))
+    per_token = gpt.flops_per_token(model.config)
+    tokens = config.max_steps * config.batch_size * config.seq_len
+    evaluated = config.max_steps // config.eval_every * config.eval_tokens
+    print(
+        f"plan     {config.model}: {gpt.parameter_count(model.config):,} parameters, "
+        f"{config.max_steps:,} steps of {config.batch_size} rows of {config.seq_len}: "
+        f"{tokens:,} tokens at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
+    )
+
+    print(f"memory   with {dtype}, accumulate {config.accumulate}")
+    parts = memory_parts(config, model, device.type, dtype)
+    total = sum(parts.values()) / 1e9
+    for name, size in parts.items():
+        print(f"         {name:21s} {size / 1e9:8.3f} GB")
+    print(f"         {'in all':21s} {total:8.3f} GB, and the program itself")
+
+    print(f"cards    at {MFU:.0%} of the bfloat16 peak; --dollars-per-hour for your own price")
+    for name, (peak, memory, price) in CARDS.items():
+        price = price if config.dollars_per_hour is None else config.dollars_per_hour
+        hours = tokens * per_token / (peak * 1e12 * MFU) / 3600
+        print(
+            f"         {name:9s} {hours:8.2f} h"
+            + (f" {hours * price:8.2f} dollars at {price}/h" if price else "")
+            + ("" if total < 0.9 * memory else f"; too large for its {memory} GB: --accumulate")
+        )
+
+    token, update = trial(config, device, dtype)
+    seconds = tokens * token + evaluated * token / 3 + config.max_steps * update
+    print(
+        f"here     {device_name(device)}: {TRIAL_STEPS} steps of it measured: "
+        f"{seconds / 3600:.3f} h = {seconds:.0f} s of training and evaluation"
+    )
+
+
+# What to do with a trained model
+
+
 def trained(config: Config, flag: str) -> tuple[gpt.GPT, bpe.Vocabulary]:
     """The model of the run in --out, from its newest checkpoint, and its vocabulary."""
     folder = Path(config.out)
@@ -1310,7 +1300,8 @@ def resolve(flags: dict) -> Config:
         stored |= stored_config(Path(flags["branch"])) or {}
     if flags.get("resume") or flags.keys() & {"sample", "export"}:
         stored |= stored_config(Path(flags.get("out", base.get("out", Config.out)))) or {}
-    stored = {k: v for k, v in stored.items() if k not in ("resume", "sample", "export", "out")}
+    for name in ("out", "resume", "sample", "export", "plan"):  # of a command, not of a run
+        stored.pop(name, None)
     try:
         return Config(**base | stored | flags)
     except TypeError as error:  # a flag has its type from the parser, so it is the stored run's
@@ -1333,6 +1324,9 @@ def main(argv: list[str]) -> int:
             return 0
         if config.export is not None:
             export(config)
+            return 0
+        if config.plan:
+            plan(config)
             return 0
         has = "a GPU" if torch.cuda.is_available() else "no GPU"
         with quiet_unless_first():

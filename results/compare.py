@@ -240,12 +240,15 @@ def peak_memory(name: str, shape: Shape, rows: int, setting: Setting) -> int | N
         return None
 
 
+def memory_alone(name: str, shape: Shape, rows: int, setting: Setting) -> int | None:
+    """The same, of a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(peak_memory, name, shape, rows, setting).result()
+
+
 def compare_steps(shape: Shape, rows: int, steps: int, setting: Setting) -> dict:
     """Tokens per second of each side, steps taken in turns, and the peak memory of each alone."""
-    memory = {}
-    for name in ("ours", *PEERS):  # a fresh process for each, before this one fills the memory
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            memory[name] = alone.submit(peak_memory, name, shape, rows, setting).result()
+    memory = {name: memory_alone(name, shape, rows, setting) for name in ("ours", *PEERS)}
     sides = {name: build(name, shape, setting, own_defaults=False) for name in ("ours", *PEERS)}
     batch = random_batch(shape, rows, setting)
     seconds = {name: [] for name in sides}
@@ -289,7 +292,7 @@ def print_steps(rows: int, shape: Shape, result: dict) -> None:
 # The losses
 
 
-def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> train.Data:
+def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> train.corpus.Data:
     """Our vocabulary of the training text, and both texts as token files in the folder."""
     try:
         vocabulary = bpe.train(bpe.read_stories(train_text), vocab_size)
@@ -302,10 +305,10 @@ def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> tr
     except (OSError, ValueError) as error:
         raise train.RunError(str(error)) from error
     (ids, about), (val, about_val) = files["train"], files["val"]
-    return train.Data(vocabulary, ids, val, about, about_val)
+    return train.corpus.Data(vocabulary, ids, val, about, about_val)
 
 
-def cut(ids, row_cut: str, data: train.Data, shape: Shape, setting: Setting) -> batches.Batches:
+def cut(ids, row_cut: str, data: train.corpus.Data, shape: Shape, setting: Setting) -> batches.Batches:
     if row_cut == "stories":
         rows = batches.story_rows(ids, data.vocabulary.end, shape.seq_len)
     else:
@@ -328,7 +331,7 @@ def score(side: Side, val: batches.Batches, token_bytes: Tensor) -> dict[str, fl
     return {"nats": nats / tokens, "bits_per_byte": bits, "tokens": tokens, "bytes": size}
 
 
-def compare_losses(tokens: int, data: train.Data, shape: Shape, setting: Setting) -> dict:
+def compare_losses(tokens: int, data: train.corpus.Data, shape: Shape, setting: Setting) -> dict:
     """Each side trained on about `tokens` targets, a step of each in turn, then scored."""
     sides = {name: build(name, shape, setting, own_defaults=True) for name in ("ours", *PEERS)}
     sources = {name: cut(data.train, s.row_cut, data, shape, setting) for name, s in sides.items()}

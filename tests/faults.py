@@ -47,7 +47,7 @@ def flags(cache: Path, out: Path, *more) -> list[str]:
 
 def make_small() -> None:
     """Fewer stories to validate on and to write: this is about the loop."""
-    train.VAL_STORIES, train.SAMPLED_STORIES = 20, 4
+    train.corpus.VAL_STORIES, train.SAMPLED_STORIES = 20, 4
     torch.set_num_threads(1)
 
 

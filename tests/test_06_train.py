@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 def small_corpus():
     """Fewer stories to validate on and to write: the tests are about the loop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VAL_STORIES", 20)
+        patch.setattr(train.corpus, "VAL_STORIES", 20)
         patch.setattr(train, "SAMPLED_STORIES", 4)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -424,6 +424,86 @@ def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, 
     config = train.Config(batch_size=4)
     with pytest.raises(train.RunError, match="--batch-size 4: wanted a multiple of .* 3 processes"):
         train.train_together(config, torch.device("cpu"), team, None)
+
+
+# the plan
+
+
+def saved_bytes(objective, x, y) -> int:
+    """Bytes of all storages, but the weights', that autograd keeps for the backward pass."""
+    weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address returns
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(x, y)
+    return sum(size for pointer, (size, _) in seen.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["0.5m", "8m", "27m"])
+def test_plan_knows_what_autograd_saves(name, dtype):
+    config = train.Config(model=name, vocab_size=4096, seq_len=128, batch_size=2)
+    model = gpt.GPT(train.shape_of(config, config.vocab_size))
+    parts = train.memory_parts(config, model, "cpu", dtype)
+    ids = torch.randint(4096, (2, 129))
+    measured = saved_bytes(train.Objective(model, dtype, "torch"), ids[:, :-1], ids[:, 1:])
+    known = parts["activations"] + parts["gradients at the head"]
+    assert known == pytest.approx(measured, rel=0.1)
+
+
+MEASURE = """
+import importlib, re, sys, torch
+sys.path[:0] = [{root!r}]
+train = importlib.import_module("06_train")
+torch.set_num_threads(1)
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=4, optimizer={optimizer!r})
+model = train.gpt.GPT(train.shape_of(config, 4096))
+parts = train.memory_parts(config, model, "cpu", torch.float32)
+objective = train.Objective(model, torch.float32, "torch")
+ids = torch.randint(4096, (4, 513))
+objective(ids[:1, :8], ids[:1, 1:9]).backward()
+model.zero_grad()
+before = status("VmRSS") - parts["weights"]
+optimizers = train.make_optimizers(config, model)
+for _ in range(3):
+    objective(ids[:, :-1], ids[:, 1:]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+print(status("VmHWM") - before, sum(parts.values()))
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_plan_knows_the_memory_of_a_step(optimizer):
+    script = MEASURE.format(root=str(ROOT), optimizer=optimizer)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured, planned = map(int, done.stdout.split())
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--preset", "tinystories", "--no-compile", "--model", "0.5m", "--vocab-size", "1024"]
+    flags += ["--seq-len", "64", "--batch-size", "4", "--out", str(out), "--plan"]
+    assert train.main([*flags, "--cache", str(tmp_path / "cache")]) == 0
+    stdout = capsys.readouterr().out
+    tokens = 7630 * 4 * 64
+    shape = gpt.GPTConfig(**{**vars(gpt.PRESETS["0.5m"]), "seq_len": 64})
+    hours = tokens * gpt.flops_per_token(shape) / (0.4 * 989e12) / 3600
+    assert f"{tokens:,} tokens" in stdout
+    h100 = re.search(r"H100 +(\S+) h +(\S+) dollars at 3.49/h", stdout)
+    assert float(h100[1]) == pytest.approx(hours, abs=0.005)
+    assert re.search(r"here +CPU with . threads: 5 steps", stdout)
+    assert not out.exists() and not (tmp_path / "cache").exists()
 
 
 # figures
