@@ -1,20 +1,26 @@
-"""Tests of a model and its tokeniser as a folder that transformers loads, and of the way back.
+"""Tests of the ways to other projects: the folder of a model and its tokeniser that transformers
+loads, the way back, and the comparisons with others in results/.
 
 Run: python -m pytest tests/test_interchange.py
 """
 
 import importlib
 import json
+import math
+import sys
 import unicodedata
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import bpe, stories
 
-gpt = importlib.import_module("03_gpt")
+compare = importlib.import_module("results.compare")
+generation = importlib.import_module("results.generation")
+gpt, batches = compare.gpt, compare.batches
 transformers = pytest.importorskip("transformers")
 END = bpe.END_OF_TEXT
 UNSETTLED = ("Cn", "Co", "Cs")  # in Unicode's next version these may be letters, or are no text
@@ -228,3 +234,249 @@ def test_folder_comes_back_whole(vocabulary, exported, tmp_path):
         assert bpe.from_huggingface(where) == vocabulary
         for name, tensor in model.state_dict().items():
             assert torch.equal(back.state_dict()[name], tensor), name
+
+
+# results/generation.py
+
+
+def test_generation_compares_the_same_tokens(exported, tmp_path, capsys):
+    folder, out = str(exported[3]), tmp_path / "out.json"
+    flags = ["--rows", "1", "3", "--new-tokens", "12", "--turns", "2", "--json", str(out)]
+    assert generation.main([folder, *flags]) == 0
+    result = json.loads(out.read_text())
+    assert result["parameters"] == sum(p.numel() for p in exported[0].parameters())
+    for rows, found in result["rows"].items():
+        assert found["equal_rows"] == int(rows)
+        rates = []
+        for side in ("ours", "transformers"):
+            assert len(found[side]["seconds"]) == 2
+            mean = sum(found[side]["seconds"]) / 2  # the median of two
+            rates.append(int(rows) * 12 / mean)
+            assert math.isclose(found[side]["tokens_per_second"], rates[-1])
+        assert math.isclose(found["ratio"], rates[0] / rates[1])
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_generation_writes_a_model_that_says_something(tmp_path, monkeypatch):
+    small = gpt.GPTConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_mlp=192, vocab_size=512)
+    monkeypatch.setitem(gpt.PRESETS, "27m", small)
+    generation.write_random_model(str(tmp_path))
+    model = gpt.from_huggingface(tmp_path)
+    ids = model.generate(torch.arange(4).unsqueeze(1), 40, temperature=0)
+    assert len(ids.unique()) > 20
+    assert all(p.std() > 0.01 for p in model.parameters())
+
+
+def test_generation_forgives_ties_only(vocabulary):
+    model = random_model(vocabulary)
+    ids = model.generate(torch.tensor([[5], [6]]), 10, temperature=0)
+    twin = 500  # of the token that row 1 says at place 4: the same row in the tied table
+    assert not (ids == twin).any()
+    with torch.no_grad():
+        model.embedding.weight[twin] = model.embedding.weight[ids[1, 4]]
+    assert generation.check_equal(model, ids, ids) == 0
+    other = ids.clone()
+    other[1, 4], other[1, 5:] = twin, 7  # what follows the tie is another text
+    assert generation.check_equal(model, ids, other) == 1
+    other[0, 3] = 7
+    with pytest.raises(generation.train.RunError, match="row 0 differs at place 3, where token"):
+        generation.check_equal(model, ids, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["none"], "none: no config.json; 06_train.py --export FOLDER"),
+        (["FOLDER", "--new-tokens", "145"], "--new-tokens 145: wanted 1 to 144"),
+        (["FOLDER", "--json", "no/where.json"], "--json no/where.json: there is no such folder"),
+    ],
+)
+def test_generation_says_in_one_line_what_is_wrong(exported, capsys, flags, error):
+    flags = [str(exported[3]) if flag == "FOLDER" else flag for flag in flags]
+    assert generation.main(flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"generation.py: error: {error}")
+    assert printed.err.count("\n") == 1
+
+
+# results/compare.py, with stand-ins for the other projects
+
+
+STAND_IN = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+IMPORT
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("a line that nobody asked for")
+        self.table = nn.Embedding(config.vocab_size, config.WIDTH)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, idx, targets=None):
+        logits = linear(self.drop(self.table(idx)), self.table.weight)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        assert (weight_decay, learning_rate, betas) == (0.1, 6e-4, (0.9, 0.95))
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+"""
+CONFIG = """
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    WIDTH: int
+    dropout: float
+    bias: bool
+"""
+TINY = compare.Shape(n_layer=2, n_head=4, width=32, seq_len=32, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """Folders laid out as smolGPT's and nanoGPT's are: one with config.py, one without."""
+    smol, nano = tmp_path_factory.mktemp("smol"), tmp_path_factory.mktemp("nano")
+    (smol / "config.py").write_text(CONFIG.replace("WIDTH", "n_embed"))
+    importing = STAND_IN.replace("IMPORT", "from config import GPTConfig")
+    (smol / "model.py").write_text(importing.replace("WIDTH", "n_embed"))
+    (nano / "model.py").write_text(STAND_IN.replace("IMPORT", CONFIG).replace("WIDTH", "n_embd"))
+    return {"smolgpt": str(smol), "nanogpt": str(nano)}
+
+
+@pytest.fixture(scope="module")
+def setting(peers):
+    return compare.Setting(peers, "cpu", "float32", seed=0)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, seed in (("train", 0), ("val", 1)):
+        told = [story for story, _ in stories.corpus(60, seed=seed)]
+        (folder / name).write_text(f"\n{END}\n".join(told))
+    return [str(folder / "train"), str(folder / "val")]
+
+
+def test_compare_gives_all_figures(peers, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "STEP_SHAPE", TINY)
+    monkeypatch.setattr(compare, "LOSS_SHAPE", TINY)
+    memory = {"ours": 300, "smolgpt": 400, "nanogpt": 600}
+    monkeypatch.setattr(compare, "memory_alone", lambda name, *args: memory[name])
+    out = tmp_path / "out.json"
+    flags = ["--steps", "3", "--rows", "2", "4", "--losses", "4000", "--json", str(out)]
+    flags += ["--train", texts[0], "--val", texts[1], "--dtype", "float32"]
+    assert compare.main([*peers.values(), *flags]) == 0
+    assert "nobody asked" not in capsys.readouterr().out
+    assert "config" not in sys.modules
+    result = json.loads(out.read_text())
+    assert set(result["steps"]) == {"2x32", "4x32"}
+    for rows, found in zip((2, 4), result["steps"].values()):
+        for name in ("ours", "smolgpt", "nanogpt"):
+            median = sorted(found[name]["seconds"])[1]
+            assert len(found[name]["seconds"]) == 3
+            assert math.isclose(found[name]["tokens_per_second"], rows * 32 / median)
+        ours, theirs = (found[name]["tokens_per_second"] for name in ("ours", "nanogpt"))
+        assert found["ours_over_nanogpt"] == {"speed": ours / theirs, "memory": 0.5}
+    after = result["losses"]
+    for name in ("ours", "smolgpt", "nanogpt"):
+        assert abs(after[name]["tokens"] - 4000) < 400
+        assert after[name]["seconds"] > 0
+    for name in ("smolgpt", "nanogpt"):
+        for cut in ("stories", "blocks"):  # the same rows for all
+            assert after[name][cut]["tokens"] == after["ours"][cut]["tokens"]
+            ratio = after["ours"][cut]["bits_per_byte"] / after[name][cut]["bits_per_byte"]
+            assert math.isclose(after[f"ours_over_{name}"][cut], ratio)
+    assert after["smolgpt"]["steps"] == after["nanogpt"]["steps"] <= after["ours"]["steps"]
+
+
+def test_compare_scores_every_target_once_without_dropout(setting, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "VAL_TOKENS", 10**9)
+    data = compare.prepare(*texts, 300, tmp_path)
+    shape = compare.replace(TINY, vocab_size=data.vocabulary.size)
+    token_bytes = torch.tensor(data.vocabulary.token_bytes)
+    side = compare.build("smolgpt", shape, setting, own_defaults=True)
+    assert side.model.drop.p == 0.2
+    ids = torch.from_numpy(data.val.astype("int64"))
+    table = side.model.table.weight.detach().double()
+    losses = F.cross_entropy(table[ids[:-1]] @ table.T, ids[1:], reduction="none")
+    text_bytes = sum(len(story.encode()) for story in bpe.read_stories(texts[1]))
+    for row_cut in ("stories", "blocks"):
+        val = compare.cut(data.val, row_cut, data, shape, setting)
+        found = compare.score(side, val, token_bytes)
+        assert found["tokens"] == len(ids) - 1 and found["bytes"] == text_bytes
+        assert math.isclose(found["nats"], losses.mean().item(), rel_tol=1e-5)
+        bits = losses.sum().item() / math.log(2) / text_bytes
+        assert math.isclose(found["bits_per_byte"], bits, rel_tol=1e-5)
+    assert side.model.training
+
+
+def test_compare_trains_each_side_as_it_should(setting):
+    x, y = compare.random_batch(TINY, 2, setting)
+    for name in ("ours", "smolgpt", "nanogpt"):
+        side = compare.build(name, TINY, setting, own_defaults=False)
+        before, padded = [side.loss(x, y).item()], y.clone()
+        padded[1] = batches.IGNORE
+        assert math.isclose(side.loss(x, padded).item(), side.loss(x[:1], y[:1]).item())
+        for step in range(30):
+            side.step(x, y, multiplier=side.multiplier(step, 60))
+        assert side.loss(x, y).item() < before[0] - 0.002
+        weights = [p.clone() for p in side.model.parameters()]
+        side.step(x, y, multiplier=0.0)
+        assert all(torch.equal(p, w) for p, w in zip(side.model.parameters(), weights))
+
+
+def test_compare_schedules_go_as_their_projects_say():
+    smol, nano = compare.PEERS["smolgpt"], compare.PEERS["nanogpt"]
+    assert math.isclose(smol.multiplier(0, 30_000), 1 / 1001)
+    assert smol.multiplier(1_000, 30_000) == 1
+    assert math.isclose(smol.multiplier(15_500, 30_000), 0.55)
+    assert math.isclose(smol.multiplier(30_000, 30_000), 0.1)
+    assert smol.multiplier(10, 300) == 1 and math.isclose(smol.multiplier(155, 300), 0.55)
+    assert nano.multiplier(2_000, 600_000) == 1 and nano.multiplier(1_999, 600_000) < 1
+    assert 0 < nano.multiplier(0, 1) <= 1
+
+
+@pytest.mark.parametrize("shape", [compare.STEP_SHAPE, compare.LOSS_SHAPE])
+def test_compare_shapes_have_as_many_weights(shape):
+    """Beside a plain transformer: 12 C^2 a layer, and the tied table."""
+    plain = shape.n_layer * 12 * shape.width**2 + shape.vocab_size * shape.width
+    assert abs(gpt.parameter_count(shape.ours()) / plain - 1) < 0.005
+    if shape is compare.STEP_SHAPE:
+        assert shape.ours() == gpt.PRESETS["27m"]
+
+
+def test_compare_memory_is_that_of_a_process_alone(setting):
+    ballast = torch.ones(2**28)  # 1 GiB in this process, none of it in the other
+    found = compare.memory_alone("nanogpt", TINY, 2, setting)
+    assert 10**8 < found < ballast.nbytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["none", "NANO"], "none: no model.py; clone github.com/Om-Alve/smolGPT to it"),
+        (["SMOL", "none"], "none: no model.py; clone github.com/karpathy/nanoGPT to it"),
+        (["NANO", "NANO"], "NANO: not as expected of smolgpt"),
+        (["SMOL", "NANO", "--losses", "9"], "--losses TOKENS goes with --train FILE and --val"),
+        (["SMOL", "NANO", "--train", "a", "--val", "b"], "--losses TOKENS goes with --train"),
+        (["SMOL", "NANO", "--losses", "9", "--train", "none", "--val", "none"], "[Errno 2] No su"),
+        (["SMOL", "NANO", "--json", "no/where"], "--json no/where: there is no such folder"),
+    ],
+)
+def test_compare_says_in_one_line_what_is_wrong(peers, monkeypatch, capsys, flags, error):
+    monkeypatch.setattr(compare, "memory_alone", lambda *args: None)
+    monkeypatch.setattr(compare, "STEP_SHAPE", TINY)
+    names = {"SMOL": peers["smolgpt"], "NANO": peers["nanogpt"]}
+    flags = [names.get(flag, flag) for flag in flags]
+    assert compare.main([*flags, "--steps", "0" if "--losses" in flags else "1"]) == 2
+    printed = capsys.readouterr()
+    error = error.replace("NANO", peers["nanogpt"])
+    assert printed.err.startswith(f"compare.py: error: {error}"), printed.err
+    assert printed.err.count("\n") == 1
