@@ -16,6 +16,7 @@ file, each side with its own defaults: optimiser, learning rate, shape of the sc
 initialisation and how rows are cut from the text. What a default says in steps is taken as a share
 of the run. All are then scored on the same rows of the validation text, cut as we cut them (from
 the beginning of a story on) and as they do (every T tokens); the time is that of the steps alone.
+A score at each tenth of the run, on fewer rows, says where we are when a peer has ended.
 Their learning rate was chosen for larger models and longer runs: this compares what each does when
 nobody tunes it, not the best that each could do.
 """
@@ -46,11 +47,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 train = importlib.import_module("06_train")
-gpt, losses, batches, bpe = train.gpt, train.losses, train.batches, train.bpe
+gpt, losses = train.gpt, train.losses
+batches, bpe, corpus = (importlib.import_module(f"data.{n}") for n in ("batches", "bpe", "corpus"))
 
-WARMUP = 2  # turns that are not timed: they compile and allocate
+UNTIMED = {"cpu": 1, "cuda": 4}  # first turns: they allocate, and compile
 CLIP = 1.0  # longest gradient, on all sides
 VAL_TOKENS = 50_000  # targets that a model is scored on, to the next full row
+POINTS, POINT_TOKENS = 10, 20_000  # scores during training, on fewer
 ROWS = 8  # rows a step in the losses part, as in 06_train.py without a GPU
 
 
@@ -252,12 +255,13 @@ def compare_steps(shape: Shape, rows: int, steps: int, setting: Setting) -> dict
     sides = {name: build(name, shape, setting, own_defaults=False) for name in ("ours", *PEERS)}
     batch = random_batch(shape, rows, setting)
     seconds = {name: [] for name in sides}
-    for turn in range(WARMUP + steps):
+    untimed = UNTIMED[setting.device]
+    for turn in range(untimed + steps):
         for name, side in sides.items():
             start = time.perf_counter()
             side.step(*batch)
             wait(setting.device)
-            if turn >= WARMUP:
+            if turn >= untimed:
                 seconds[name].append(time.perf_counter() - start)
     result = {}
     for name, side in sides.items():
@@ -292,7 +296,7 @@ def print_steps(rows: int, shape: Shape, result: dict) -> None:
 # The losses
 
 
-def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> train.corpus.Data:
+def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> corpus.Data:
     """Our vocabulary of the training text, and both texts as token files in the folder."""
     try:
         vocabulary = bpe.train(bpe.read_stories(train_text), vocab_size)
@@ -305,10 +309,10 @@ def prepare(train_text: str, val_text: str, vocab_size: int, folder: Path) -> tr
     except (OSError, ValueError) as error:
         raise train.RunError(str(error)) from error
     (ids, about), (val, about_val) = files["train"], files["val"]
-    return train.corpus.Data(vocabulary, ids, val, about, about_val)
+    return corpus.Data(vocabulary, ids, val, about, about_val)
 
 
-def cut(ids, row_cut: str, data: train.corpus.Data, shape: Shape, setting: Setting) -> batches.Batches:
+def cut(ids, row_cut: str, data: corpus.Data, shape: Shape, setting: Setting) -> batches.Batches:
     if row_cut == "stories":
         rows = batches.story_rows(ids, data.vocabulary.end, shape.seq_len)
     else:
@@ -317,11 +321,11 @@ def cut(ids, row_cut: str, data: train.corpus.Data, shape: Shape, setting: Setti
 
 
 @torch.no_grad()
-def score(side: Side, val: batches.Batches, token_bytes: Tensor) -> dict[str, float]:
-    """The mean loss over the first VAL_TOKENS targets or so, with dropout off."""
+def score(side: Side, val: batches.Batches, token_bytes: Tensor, limit: int) -> dict[str, float]:
+    """The mean loss over the first `limit` targets or so, with dropout off."""
     side.model.eval()
     nats = tokens = size = first = 0
-    while tokens < VAL_TOKENS and first < len(val):
+    while tokens < limit and first < len(val):
         x, y, count = val.take(range(first, min(first + ROWS, len(val))))
         nats += side.loss(x, y).item() * count
         size += (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum().item()
@@ -331,42 +335,48 @@ def score(side: Side, val: batches.Batches, token_bytes: Tensor) -> dict[str, fl
     return {"nats": nats / tokens, "bits_per_byte": bits, "tokens": tokens, "bytes": size}
 
 
-def compare_losses(tokens: int, data: train.corpus.Data, shape: Shape, setting: Setting) -> dict:
+def compare_losses(tokens: int, data: corpus.Data, shape: Shape, setting: Setting) -> dict:
     """Each side trained on about `tokens` targets, a step of each in turn, then scored."""
     sides = {name: build(name, shape, setting, own_defaults=True) for name in ("ours", *PEERS)}
-    sources = {name: cut(data.train, s.row_cut, data, shape, setting) for name, s in sides.items()}
-    totals = {}  # steps; rows of whole stories are not full, so that they take more of them
-    for name, source in sources.items():
-        totals[name] = max(1, round(tokens / (source.lengths.mean() * ROWS)))
-    seconds, trained = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
-    for step in range(max(totals.values())):
-        for name, side in sides.items():
-            if step < totals[name]:
-                start = time.perf_counter()
-                x, y, count = sources[name].batch(step)
-                side.step(x, y, side.multiplier(step, totals[name]))
-                wait(setting.device)
-                seconds[name] += time.perf_counter() - start
-                trained[name] += count
+    vals = {way: cut(data.val, way, data, shape, setting) for way in ("stories", "blocks")}
     token_bytes = torch.tensor(data.vocabulary.token_bytes, device=setting.device)
-    result = {}
+    result, sources = {}, {}
     for name, side in sides.items():
+        sources[name] = cut(data.train, side.row_cut, data, shape, setting)
+        per_step = sources[name].lengths.mean() * ROWS  # rows of whole stories are not full
         result[name] = {
             "parameters": sum(p.numel() for p in side.model.parameters()),
-            "tokens": trained[name],
-            "steps": totals[name],
-            "seconds": seconds[name],
+            "steps": max(1, round(tokens / per_step)),
+            "tokens": 0,
+            "seconds": 0.0,
+            "curve": [],
         }
-        for row_cut in ("stories", "blocks"):
-            val = cut(data.val, row_cut, data, shape, setting)
-            result[name][row_cut] = score(side, val, token_bytes)
-    for name in PEERS:
-        result[f"ours_over_{name}"] = {
-            row_cut: result["ours"][row_cut]["bits_per_byte"]
-            / result[name][row_cut]["bits_per_byte"]
-            for row_cut in ("stories", "blocks")
-        }
-    return result
+    for step in range(max(of["steps"] for of in result.values())):
+        for name, side in sides.items():
+            of = result[name]
+            if step >= of["steps"]:
+                continue
+            start = time.perf_counter()
+            x, y, count = sources[name].batch(step)
+            side.step(x, y, side.multiplier(step, of["steps"]))
+            wait(setting.device)
+            of["seconds"] += time.perf_counter() - start
+            of["tokens"] += count
+            if (step + 1) * POINTS // of["steps"] > step * POINTS // of["steps"]:
+                point = score(side, vals["blocks"], token_bytes, POINT_TOKENS)
+                of["curve"].append([of["tokens"], of["seconds"], point["bits_per_byte"]])
+    for name, side in sides.items():
+        for way, val in vals.items():
+            result[name][way] = score(side, val, token_bytes, VAL_TOKENS)
+    return result | {f"ours_over_{name}": ratios(result["ours"], result[name]) for name in PEERS}
+
+
+def ratios(ours: dict, theirs: dict) -> dict[str, float | None]:
+    """Our bits per byte over theirs: after equal tokens, and at our last point in their time."""
+    ratio = {way: ours[way]["bits_per_byte"] / theirs[way]["bits_per_byte"]
+             for way in ("stories", "blocks")}  # fmt: skip
+    in_time = [bits for _, seconds, bits in ours["curve"] if seconds <= theirs["seconds"]]
+    return ratio | {"in_its_time": in_time[-1] / theirs["curve"][-1][2] if in_time else None}
 
 
 def print_losses(shape: Shape, result: dict) -> None:
@@ -374,16 +384,21 @@ def print_losses(shape: Shape, result: dict) -> None:
         f"{shape.n_layer} layers x {shape.width}, T {shape.seq_len}, V {shape.vocab_size}, "
         f"{ROWS} rows a step; losses on rows of whole stories, and on every {shape.seq_len} tokens"
         "\n         parameters    tokens  steps  seconds   nats/token     bpb   nats/token     bpb"
-        "   ours over it, bpb"
     )
     for name in ("ours", *PEERS):
-        side, ratio = result[name], result.get(f"ours_over_{name}")
-        scores = [side[row_cut] for row_cut in ("stories", "blocks")]
+        side = result[name]
+        scores = [side[way] for way in ("stories", "blocks")]
         print(
             f"{name:8s} {side['parameters']:10,d} {side['tokens']:9,d} {side['steps']:6d} "
             f"{side['seconds']:8.1f}"
             + "".join(f"{s['nats']:13.4f} {s['bits_per_byte']:7.4f}" for s in scores)
-            + (f"   {ratio['stories']:.3f}, {ratio['blocks']:.3f}" if ratio else "")
+        )
+    for name in PEERS:
+        ratio = result[f"ours_over_{name}"]
+        in_time = ratio["in_its_time"]
+        print(
+            f"our bpb over that of {name}: {ratio['stories']:.3f} and {ratio['blocks']:.3f} after "
+            "equal tokens" + (f", {in_time:.3f} when it has ended (every T)" if in_time else "")
         )
 
 

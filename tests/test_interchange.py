@@ -367,6 +367,8 @@ def texts(tmp_path_factory):
 def test_compare_gives_all_figures(peers, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "STEP_SHAPE", TINY)
     monkeypatch.setattr(compare, "LOSS_SHAPE", TINY)
+    monkeypatch.setattr(compare, "VAL_TOKENS", 1000)
+    monkeypatch.setattr(compare, "POINT_TOKENS", 500)
     memory = {"ours": 300, "smolgpt": 400, "nanogpt": 600}
     monkeypatch.setattr(compare, "memory_alone", lambda name, *args: memory[name])
     out = tmp_path / "out.json"
@@ -393,11 +395,12 @@ def test_compare_gives_all_figures(peers, texts, tmp_path, monkeypatch, capsys):
             assert after[name][cut]["tokens"] == after["ours"][cut]["tokens"]
             ratio = after["ours"][cut]["bits_per_byte"] / after[name][cut]["bits_per_byte"]
             assert math.isclose(after[f"ours_over_{name}"][cut], ratio)
+        assert len(after[name]["curve"]) == compare.POINTS
+        assert after[name]["curve"][-1][:2] == [after[name]["tokens"], after[name]["seconds"]]
     assert after["smolgpt"]["steps"] == after["nanogpt"]["steps"] <= after["ours"]["steps"]
 
 
-def test_compare_scores_every_target_once_without_dropout(setting, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "VAL_TOKENS", 10**9)
+def test_compare_scores_every_target_once_without_dropout(setting, texts, tmp_path):
     data = compare.prepare(*texts, 300, tmp_path)
     shape = compare.replace(TINY, vocab_size=data.vocabulary.size)
     token_bytes = torch.tensor(data.vocabulary.token_bytes)
@@ -409,7 +412,7 @@ def test_compare_scores_every_target_once_without_dropout(setting, texts, tmp_pa
     text_bytes = sum(len(story.encode()) for story in bpe.read_stories(texts[1]))
     for row_cut in ("stories", "blocks"):
         val = compare.cut(data.val, row_cut, data, shape, setting)
-        found = compare.score(side, val, token_bytes)
+        found = compare.score(side, val, token_bytes, limit=10**9)
         assert found["tokens"] == len(ids) - 1 and found["bytes"] == text_bytes
         assert math.isclose(found["nats"], losses.mean().item(), rel_tol=1e-5)
         bits = losses.sum().item() / math.log(2) / text_bytes
@@ -441,6 +444,16 @@ def test_compare_schedules_go_as_their_projects_say():
     assert smol.multiplier(10, 300) == 1 and math.isclose(smol.multiplier(155, 300), 0.55)
     assert nano.multiplier(2_000, 600_000) == 1 and nano.multiplier(1_999, 600_000) < 1
     assert 0 < nano.multiplier(0, 1) <= 1
+
+
+def test_compare_says_where_we_are_when_the_other_has_ended():
+    ways = {"stories": {"bits_per_byte": 2.0}, "blocks": {"bits_per_byte": 3.0}}
+    ours = ways | {"curve": [[10, 1.0, 5.0], [20, 2.0, 4.0], [30, 3.0, 3.0]]}
+    theirs = {"stories": {"bits_per_byte": 4.0}, "blocks": {"bits_per_byte": 4.0}}
+    theirs |= {"seconds": 2.5, "curve": [[15, 1.2, 6.0], [30, 2.5, 5.0]]}
+    expected = {"stories": 0.5, "blocks": 0.75, "in_its_time": 0.8}
+    assert compare.ratios(ours, theirs) == expected
+    assert compare.ratios(ours, theirs | {"seconds": 0.5})["in_its_time"] is None
 
 
 @pytest.mark.parametrize("shape", [compare.STEP_SHAPE, compare.LOSS_SHAPE])
