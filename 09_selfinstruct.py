@@ -59,8 +59,8 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import copy
+import csv
 import email.utils
 import hashlib
 import http.client
@@ -98,6 +98,7 @@ adamw = importlib.import_module("04_adamw")
 schedules = importlib.import_module("05_schedules")
 training = importlib.import_module("06_train")
 stability = importlib.import_module("08_stability")
+muon = importlib.import_module("10_muon")
 
 IGNORE = -100  # the label of a token that is not learned: cross_entropy's ignore_index
 
@@ -881,26 +882,35 @@ def accepted(items: Iterable[dict]) -> list[dict]:
     return [item for item in items if item["verdict"] == "accepted"]
 
 
-def load_seeds(path: str | Path) -> list[dict]:
-    """Seed tasks: one JSON object a line with id, instruction, input, output, classification.
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a .csv file with a header, or of a file with one JSON object a line.
 
     Raises: ValueError that names the line.
     """
-    seeds, wanted = [], {"id": str, "instruction": str, "input": str, "output": str,
-                         "classification": bool}  # fmt: skip
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if str(path).endswith(".csv"):
+            return list(csv.DictReader(file, restkey="more", restval=""))
+        rows = []
         for number, line in enumerate(file, 1):
             try:
-                task = json.loads(line)
-                wrong = [k for k, kind in wanted.items() if not isinstance(task.get(k), kind)]
+                rows.append(dict(json.loads(line).items()))
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
-            if wrong:
-                raise ValueError(
-                    f"{path}, line {number}: {wrong[0]} is {task.get(wrong[0])!r}, "
-                    f"wanted {wanted[wrong[0]].__name__}"
-                )
-            seeds.append(task)
+    return rows
+
+
+def load_seeds(path: str | Path) -> list[dict]:
+    """Seed tasks: rows with id, instruction, input, output, classification.
+
+    Raises: ValueError that names the line.
+    """
+    seeds, wanted = read_rows(path), {"id": str, "instruction": str, "input": str, "output": str,
+                                      "classification": bool}  # fmt: skip
+    for number, task in enumerate(seeds, 1):
+        for name, kind in wanted.items():
+            if not isinstance(task.get(name), kind):
+                got = repr(task.get(name))
+                raise ValueError(f"{path}, line {number}: {name} is {got}, wanted {kind.__name__}")
     if len({task["id"] for task in seeds}) < len(seeds):
         raise ValueError(f"{path}: two tasks have the same id")
     return seeds
@@ -1253,16 +1263,17 @@ def evolution_fault(instruction: str, output: str, verdict: str) -> str | None:
     return f"words of our prompt: {leak}" if leak else None
 
 
-def evolve(
-    maker: Maker, tasks: list[dict], rounds: int = 4, max_tokens: int = 2048, batch: int = 32
-) -> list[dict]:
+ROUNDS, EVOLVED_TOKENS = 4, 2048
+
+
+def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 32) -> list[dict]:
     """Evol-Instruct: all tasks that came through, of every round; the given ones not among them.
 
     In each round every member of the pool is changed by one of six operations, drawn uniformly.
     A result that is eliminated leaves its parent in the pool, to be tried again in the next round.
     """
     pool, made = list(tasks), []
-    hot = {"temperature": 1.0, "top_p": 0.95, "max_tokens": max_tokens}
+    hot = {"temperature": 1.0, "top_p": 0.95, "max_tokens": EVOLVED_TOKENS}
 
     def work(name: str, some: list[dict]) -> list[dict]:
         rng = generator(maker.seed, name)
@@ -1294,7 +1305,127 @@ def evolve(
     return made
 
 
-# ---- 6. Augmentation: other words for the same thing. Each takes its own random.Random ----
+# ---- 6. One prompt for every row of a table, and a schema for the answers ----
+
+TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+         "number": (int, float), "integer": int}  # fmt: skip
+RULES = {"type", "required", "enum", "properties", "items", "minimum", "maximum",
+         "additionalProperties"}  # fmt: skip
+
+
+def is_a(value: object, kind: str) -> bool:
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()  # JSON Schema: 1.0 is an integer
+    return isinstance(value, TYPES[kind]) and (
+        not isinstance(value, bool) or kind == "boolean"  # in Python a bool is an int
+    )
+
+
+def same(a: object, b: object) -> bool:
+    """Equality of JSON: 1 is 1.0, but not true."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True) or (
+        is_a(a, "number") and is_a(b, "number") and a == b
+    )
+
+
+def check_schema(schema: object, at: str = "schema") -> None:
+    """Raises: ValueError for a schema that says what `schema_fault` would not look at."""
+    if not isinstance(schema, dict):
+        raise ValueError(f"{at}: wanted an object, got {schema!r}")
+    kinds = schema.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if unknown := sorted(schema.keys() - RULES) or [k for k in kinds if k not in TYPES]:
+        raise ValueError(f"{at}: {unknown[0]!r} is not among {', '.join(sorted(RULES | {*TYPES}))}")
+    for name, part in schema.get("properties", {}).items():
+        check_schema(part, f"{at}.{name}")
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            check_schema(schema[name], f"{at}.{name}")
+
+
+def schema_fault(value: object, schema: dict, at: str = "$") -> str | None:
+    """The first place where a value breaks a JSON schema, and how; None for one that fits.
+
+    Of the language the rules in RULES, as `check_schema` makes sure.
+    """
+    kinds = schema.get("type", list(TYPES))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(is_a(value, kind) for kind in kinds):
+        return f"{at} is {json.dumps(value)[:40]}, wanted {' or '.join(kinds)}"
+    if "enum" in schema and not any(same(value, one) for one in schema["enum"]):
+        return f"{at} is {json.dumps(value)[:40]}, wanted one of {json.dumps(schema['enum'])}"
+    if is_a(value, "number"):
+        if value < schema.get("minimum", -math.inf):
+            return f"{at} is {value}, wanted at least {schema['minimum']}"
+        if value > schema.get("maximum", math.inf):
+            return f"{at} is {value}, wanted at most {schema['maximum']}"
+    parts: list[tuple[str, object, object]] = []
+    if isinstance(value, dict):
+        if missing := [name for name in schema.get("required", []) if name not in value]:
+            return f"{at}.{missing[0]} is missing"
+        rules, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        parts = [(f"{at}.{k}", v, rules.get(k, others)) for k, v in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{at}[{i}]", v, schema.get("items", True)) for i, v in enumerate(value)]
+    for place, part, rule in parts:
+        if rule is False:
+            return f"{place} is not asked for"
+        if rule is not True and (fault := schema_fault(part, rule, place)):
+            return fault
+    return None
+
+
+def fill(template: str, row: dict) -> str:
+    """The template with each {column} replaced by the row's value; other braces stay."""
+
+    def value(match: re.Match) -> str:
+        x = row.get(match[1], match[0])
+        return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def read_answer(reply: Reply, schema: dict) -> tuple[object, str | None]:
+    """The JSON of a reply, also out of a fence, and its fault."""
+    if reply.cut:
+        return None, "cut off"
+    text = re.sub(r"\A\s*```(?:json)?\s*\n(.*)\n\s*```\s*\Z", r"\1", reply, flags=re.DOTALL)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return None, f"no JSON: {error}"
+    return value, schema_fault(value, schema)
+
+
+ANSWER_TOKENS = 512  # of one row
+
+
+def process_rows(
+    maker: Maker, rows: list[dict], template: str, schema: dict, batch: int = 32
+) -> list[dict]:
+    """One item for each row, with its number, the row and the answer: what a map with a prompt
+    does to enrich, summarise, extract from or restructure a table. Rejects keep their reply.
+    """
+
+    def work(name: str, first: int) -> list[dict]:
+        some = rows[first : first + batch]
+        prompts = [fill(template, row) for row in some]
+        replies = maker.ask(prompts, name, temperature=0.0, max_tokens=ANSWER_TOKENS)
+        items = []
+        for i, (row, prompt, reply) in enumerate(zip(some, prompts, replies)):
+            answer, fault = read_answer(reply, schema)
+            content = {"row": row, "number": first + i, "answer": str(reply) if fault else answer}
+            seed = maker.seed_of(name) + i
+            items.append(maker.item("rows", [], prompt, fault, seed, **content))
+        return items
+
+    items = []
+    for first in range(0, len(rows), batch):
+        items += maker.ledger.step(f"rows {first}", partial(work, f"rows {first}", first))
+    return items
+
+
+# ---- 7. Augmentation: other words for the same thing. Each takes its own random.Random ----
 #
 # Words are what stands between spaces; unlike the published code nothing is lower-cased and no
 # punctuation is lost. Nothing here fails on a text of one word or none.
@@ -1436,7 +1567,36 @@ def rewrite(maker: Maker, texts: Sequence[str], through: str | None = None) -> l
     return [new or old for new, old in zip(now, texts)]
 
 
-# ---- 7. Attributes that go together: a Gaussian copula for what a prompt asks for ----
+def augment(maker: Maker, tasks: list[dict], languages: Sequence[str] = ()) -> list[dict]:
+    """The tasks with their instruction said otherwise, input and output as they were.
+
+    By EDA, AEDA and slips of the keyboard; with languages, by the model too: other words, and a
+    translation into each language and back.
+    """
+
+    def work() -> list[dict]:
+        texts, made = [task["instruction"] for task in tasks], []
+        for task, text in zip(tasks, texts):
+            rng = generator(maker.seed, "augment", task["id"])
+            made += [(task, "eda", variant) for variant in eda(text, rng, count=4)[:-1]]
+            made += [(task, "aeda", aeda(text, rng)), (task, "mistype", mistype(text, 0.03, rng))]
+        for language in (None, *languages) if languages else ():
+            new = rewrite(maker, texts, language)
+            made += [(task, f"rewrite {language or ''}", text) for task, text in zip(tasks, new)]
+        items, seen = [], set(texts)
+        for task, operator, text in made:
+            fault = "nothing new" if text in seen else instruction_fault(text)
+            seen.add(text)
+            items.append(
+                maker.item(operator, [task], "", fault, maker.seed, instruction=text,
+                           input=task["input"], output=task["output"])
+            )  # fmt: skip
+        return items
+
+    return accepted(maker.ledger.step("augment", work))
+
+
+# ---- 8. Attributes that go together: a Gaussian copula for what a prompt asks for ----
 
 
 NORMAL = statistics.NormalDist()
@@ -1484,7 +1644,7 @@ class Copula:
         return z @ self.root.T < self.thresholds
 
 
-# ---- 8. From items to training: formats, checks, rows with the loss on the response only ----
+# ---- 9. From items to training: formats, checks, rows with the loss on the response only ----
 
 TEMPLATES = {  # a model trained on one form only would depend on it
     True: [
@@ -1555,6 +1715,23 @@ def count_tokens(record: dict, encoding) -> int:
     return total
 
 
+def clean(maker: Maker, items: list[dict], tests: Iterable[str], near: bool = True) -> list[dict]:
+    """The items that share no 13 words with a test text and, with `near`, are not nearly equal to
+    an earlier one."""
+    texts = [f"{item['instruction']} {item['input']} {item['output']}" for item in items]
+
+    def work() -> list[dict]:
+        kept = set(without_near_duplicates(texts) if near else range(len(texts)))
+        check = Decontaminator(tests)
+        faults = [check.fault(text) or (None if i in kept else "near duplicate")
+                  for i, text in enumerate(texts)]  # fmt: skip
+        return [maker.item("clean", [item], "", fault, maker.seed)
+                for item, fault in zip(items, faults)]  # fmt: skip
+
+    verdicts = maker.ledger.step("clean", work)
+    return [item for item, found in zip(items, verdicts) if not found["reason"]]
+
+
 def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
     """The fold of each item; all that comes from one seed task is in one, so that no test item
     has a sibling in training. Largest group first into the smallest fold."""
@@ -1617,8 +1794,12 @@ def fine_tune(
     """
     if not len(x):
         raise ValueError("no rows to train on: every pair was rejected or is too long")
-    groups = adamw.param_groups(model.named_parameters(), 0.1)
-    optimizer = adamw.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    hidden, rest = muon.split_parameters(model.named_parameters())
+    ratio = training.Config.muon_learning_rate / training.Config.learning_rate
+    optimizers = {
+        muon.Muon(hidden, adjust_lr_fn="match_rms_adamw"): ratio * learning_rate,
+        adamw.AdamW(adamw.param_groups(rest, 0.1), betas=(0.9, 0.98)): learning_rate,
+    }
     device, kept = model.embedding.weight.device, []
     order = torch.empty(0, dtype=torch.int64)
     shuffles = torch.Generator().manual_seed(seed)
@@ -1637,17 +1818,18 @@ def fine_tune(
             loss = losses.distillation_loss(logits, soft, labels, temperature, alpha)
         loss.backward()
         stability.clip_grad_norm_(list(model.named_parameters()), 1.0)
-        rate = schedules.SCHEDULES["linear"](step, steps, max(1, steps // 20), skip_zero=True)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
-        optimizer.step()
-        optimizer.zero_grad()
+        share = schedules.wsd(step, steps, max(1, steps // 20), skip_zero=True)
+        for optimizer, rate in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+            optimizer.step()
+            optimizer.zero_grad()
         kept.append(loss.item())
     last = kept[-max(1, len(x) // batch) :]
     return sum(last) / len(last)
 
 
-# ---- 9. A world in which it shows whether data are good: stories that were asked for ----
+# ---- 10. A world in which it shows whether data are good: stories that were asked for ----
 
 
 def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -1665,13 +1847,13 @@ def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-WORDS = 3  # choices of a slot, but for these rules: which of their alternatives are left
+WORDS = 4  # choices of a slot, but for these rules: which of their alternatives are left
 CHOICES = {
     "story": [2], "opening": [0, 1], "once": [0, 1, 2], "girl": [0], "boy": [0], "habit": [0, 1],
-    "setting": [0, 1], "day": [1], "gather": [0, 1, 3], "number": [0], "share": [3],
+    "setting": [0], "day": [1], "gather": [0, 1, 3], "number": [0], "share": [3],
     "recount": [1], "close": [1], "count moral": [0, 1],
 }  # fmt: skip
-KINDS = ("trait", "weather", "place", "container", "friend", "animal")  # of words to ask for
+KINDS = ("weather", "place", "container", "animal")  # of words to ask for
 
 
 class SmallWorld:
@@ -1706,13 +1888,29 @@ class SmallWorld:
         expand("story")
         return "".join(pieces)
 
-    def instruct(self, rng: random.Random) -> tuple[str, str]:
+    @staticmethod
+    def held_out(words: Sequence[str]) -> bool:
+        """Whether these words, in any order, are asked for together in the test only."""
+        return int(digest(sorted(words)), 16) % 5 == 0
+
+    def instruct(self, rng: random.Random, test: bool = False) -> tuple[str, str]:
         """A request and a story that fulfils it, as in data/stories.instruct."""
-        story = self.story(rng)
-        derivation = stories.parse(story)
-        words = [derivation.memory[kind] for kind in KINDS]
-        found = stories.features_of(story, derivation)
-        return self.request(rng.sample(words, 3), [f for f in found if rng.random() < 0.7]), story
+        while True:
+            story = self.story(rng)
+            derivation = stories.parse(story)
+            words = rng.sample([derivation.memory[kind] for kind in KINDS], 3)
+            if self.held_out(words) == test:
+                found = stories.features_of(story, derivation)
+                return self.request(words, [f for f in found if rng.random() < 0.7]), story
+
+    def spoil(self, request: str, share: float, rng: random.Random) -> str:
+        """The request with each word left as it is with probability `share`, else drawn anew."""
+        words, features = read_request(request)
+        while True:
+            new = [x if rng.random() < share else rng.choice(self.words[self.kind[x]])
+                   for x in words]  # fmt: skip
+            if not self.held_out(new):
+                return self.request(new, features)
 
     @staticmethod
     def request(words: Sequence[str], features: Sequence[str]) -> str:
@@ -1732,9 +1930,9 @@ class SmallWorld:
             if len(kinds) == 3 and len(requests) < count:
                 words = [rng.choice(self.words[kind]) for kind in kinds]
                 rng.shuffle(words)
-                requests.append(
-                    self.request(words, [f for f, on in zip(self.features, row[n:]) if on])
-                )
+                features = [f for f, on in zip(self.features, row[n:]) if on]
+                if not self.held_out(words):
+                    requests.append(self.request(words, features))
         return requests
 
     def fault(self, text: str) -> str | None:
@@ -1748,6 +1946,8 @@ class SmallWorld:
             return "unknown word"
         if len(words) != 3 or len(kinds) != 3:
             return "not three words of different kinds"
+        if self.held_out(words):
+            return "held out for the test"
         if not set(features) <= set(self.features) or len(set(features)) < len(features):
             return "unknown feature"
         return None
@@ -1786,26 +1986,34 @@ def story_items(maker: Maker, name: str, requests: list[dict], samples: int) -> 
     return maker.ledger.step(name, work)
 
 
-# ---- 10. The command: invent tasks with a model of one's own choice, or the experiment ----
+# ---- 11. The command: invent tasks with a model of one's own choice, or the experiment ----
+
+
+MODES = ("stories", "self-instruct", "alpaca", "evol", "augment", "rows", "folds", "distil")
 
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = "stories"  # "stories": the experiment; or "self-instruct", "alpaca", "evol"
+    mode: str = "stories"  # one of MODES; "stories" is the experiment
     out: str = "runs/selfinstruct"  # folder of the ledger, the answers, the data, the base model
     seed: int = 0
     seeds: str = str(Path(__file__).parent / "data" / "seed_tasks.jsonl")  # tasks to begin with
-    wanted: int = 100  # accepted tasks; evol: rounds are fixed at 4, and all results are kept
+    wanted: int = 100  # accepted tasks, of self-instruct and alpaca
+    test: str | None = None  # JSONL of a test set: what shares 13 words with it is left out
+    rows: str | None = None  # of mode rows: the table, JSONL or CSV,
+    template: str | None = None  # a text file, the prompt, with {column} for its values,
+    schema: str | None = None  # and a JSON file, the schema of the answers
     endpoint: str | None = None  # OpenAI-compatible server, up to /v1; key from OPENAI_API_KEY
     model: str | None = None  # its name there
     checkpoint: str | None = None  # or the folder of a run of 06_train.py
+    plan: bool = False  # print what will be asked and what it may cost, and ask nothing
     tokens: int = 1_000_000  # the most to be spent at the endpoint
     dollars: float = 5.0  # likewise, by the two prices
     dollars_per_million_in: float = 0.0
     dollars_per_million_out: float = 0.0
     base_texts: int = 6000  # of the experiment: stories that the base model learns from,
-    base_share: float = 0.35  # this share of them under the request that they fulfil
-    base_steps: int = 600  # of 8 rows
+    base_steps: int = 1000  # in as many steps of 8 rows; then a third as many stories and steps
+    base_share: float = 0.4  # in which a word asked for has so much of a chance to be right
     rounds: int = 2
     requests: int = 200  # new ones a round
     samples: int = 4  # stories written for each
@@ -1813,47 +2021,54 @@ class Config:
     held_out: int = 200  # requests of the test
 
     def __post_init__(self):
-        modes = ("stories", "self-instruct", "alpaca", "evol")
-        if self.mode not in modes:
-            raise ValueError(f"--mode {self.mode}: wanted one of {', '.join(modes)}")
+        if self.mode not in MODES:
+            raise ValueError(f"--mode {self.mode}: wanted one of {', '.join(MODES)}")
         for name in ("wanted", "base_texts", "base_steps", "rounds", "requests", "samples",
                      "steps", "held_out", "tokens"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted >= 1")
-        if self.mode != "stories" and (self.endpoint is None) == (self.checkpoint is None):
+        asks = self.mode in ("self-instruct", "alpaca", "evol", "rows")
+        if self.endpoint and self.checkpoint or asks and not (self.endpoint or self.checkpoint):
             raise ValueError(
                 f"--mode {self.mode}: give --endpoint URL --model NAME, or --checkpoint FOLDER"
             )
         if self.endpoint and not self.model:
             raise ValueError("--endpoint: give the --model too")
+        if self.mode == "rows" and not (self.rows and self.template and self.schema):
+            raise ValueError("--mode rows: give --rows FILE, --template FILE and --schema FILE")
+        if self.mode == "folds" and not self.checkpoint:
+            raise ValueError("--mode folds: give --checkpoint FOLDER, the model to be fine-tuned")
+
+
+SHAPE = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 64, "d_mlp": 128, "seq_len": 136}
 
 
 def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
-    """A model that knows stories, but has mostly seen them under somebody else's request.
+    """A model that knows stories and can look back at the request, but has learned not to.
 
-    06 trains it, where it is not in the folder already. Text from the web is like this: what
-    stands above another text is seldom what the other was written for.
+    It has read stories under the request that they fulfil, and then stories under one of which
+    each word is right by a chance of `base_share` only. Text from the web is like this: what
+    stands above a text is seldom what it was written for. Trained here, or found in the folder.
     """
-    if not (folder / "base" / "config.json").exists():
-        rng, texts = generator(config.seed, "base"), []
-        for _ in range(config.base_texts):
-            request, story = world.instruct(rng)
-            if rng.random() >= config.base_share:
-                request, _ = world.instruct(rng)
-            texts.append(f"{request} {story}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "base.txt").write_text("<|endoftext|>".join(texts))
-    wanted = training.Config(
-        data=str(folder / "base.txt"), out=str(folder / "base"), cache=str(folder / "cache"),
-        resume=True, seq_len=136, max_steps=config.base_steps, seed=config.seed,
-        warmup_steps=min(30, config.base_steps), eval_every=10**6, eval_tokens=5000,
-        checkpoint_every=200,
-    )  # fmt: skip
-    with open(folder / "base.log", "a") as log, contextlib.redirect_stdout(log):
-        state = training.load_checkpoint(folder / "base") if (folder / "base").exists() else None
-        if state is None or state["step"] < config.base_steps:
-            training.train(wanted)
-        return Checkpoint.load(folder / "base")
+    rng, texts = generator(config.seed, "base"), []
+    for share, count in ((1.0, config.base_texts), (config.base_share, config.base_texts // 3)):
+        pairs = [world.instruct(rng) for _ in range(count)]
+        texts.append([f"{world.spoil(r, share, rng)} {story}" for r, story in pairs])
+    vocabulary = bpe.train(texts[0][:1000], 1024)
+    torch.manual_seed(config.seed)
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=vocabulary.size, **SHAPE))
+    made_of = (config.seed, config.base_texts, config.base_share, config.base_steps)
+    path = folder / f"base-{digest(made_of, vocabulary.hash)}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return Checkpoint(model, vocabulary)
+    for some, steps in zip(texts, (config.base_steps, max(1, config.base_steps // 3))):
+        x, y, _ = pack([("", text) for text in some], vocabulary, SHAPE["seq_len"])
+        fine_tune(model, x, y, steps=steps, batch=8, learning_rate=6e-3, seed=config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return Checkpoint(model, vocabulary)
 
 
 def assess(model: Checkpoint, requests: list[str]) -> dict:
@@ -1877,13 +2092,16 @@ def report(name: str, result: dict) -> None:
     )
 
 
-def trained(base: Checkpoint, items: list[dict], config: Config) -> Checkpoint:
-    """A copy of the base model, fine-tuned on stories under their requests."""
+def trained(base: Checkpoint, pairs: list[tuple[str, str]], config: Config) -> Checkpoint:
+    """A copy of the base model, fine-tuned on responses to prompts."""
     model = copy.deepcopy(base.model)
-    pairs = [(item["instruction"], " " + item["output"]) for item in items]
     x, y, _ = pack(pairs, base.vocabulary, model.config.seq_len)
     fine_tune(model, x, y, steps=config.steps, seed=config.seed)
     return Checkpoint(model, base.vocabulary)
+
+
+def stories_asked_for(items: list[dict]) -> list[tuple[str, str]]:
+    return [(item["instruction"], " " + item["output"]) for item in items]
 
 
 def invent_requests(
@@ -1923,7 +2141,8 @@ def experiment(config: Config) -> int:
     ledger = Ledger(folder / "ledger.jsonl", settings)
     base = base_model(config, world, folder)
     rng = generator(config.seed, "requests")
-    tests, seeds = ([world.instruct(rng)[0] for _ in range(n)] for n in (config.held_out, 150))
+    tests = [world.instruct(rng, test=True)[0] for _ in range(config.held_out)]
+    seeds = [world.instruct(rng)[0] for _ in range(150)]
     gate = NoveltyGate([*tests, *seeds])
     results, sets, pool, model = {"base": assess(base, tests)}, {}, [], base
     for number in range(1, config.rounds + 1):
@@ -1940,11 +2159,11 @@ def experiment(config: Config) -> int:
             sets[f"{len(pool)} unfiltered"] = rng.sample(items[:: config.samples], len(pool))
             real = [dict(zip(("instruction", "output"), world.instruct(rng))) for _ in pool]
             sets[f"{len(pool)} of the grammar"] = real
-        model = trained(base, pool, config)
+        model = trained(base, stories_asked_for(pool), config)
         results[f"round {number}: {len(pool)} filtered"] = assess(model, tests)
     for name, some in sets.items():
         if name not in results:
-            results[name] = assess(trained(base, some, config), tests)
+            results[name] = assess(trained(base, stories_asked_for(some), config), tests)
 
     print(f"\n{'trained on':22}followed  95% interval    sound  distinct-2  self-BLEU   Vendi")
     for name, result in results.items():
@@ -1975,39 +2194,190 @@ def conclude(results: dict[str, dict], tests: list[str]) -> int:
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
     training.write_atomically(path, "".join(lines))
+
+
+PASS = 0.5  # share of proposed tasks that will pass the filters: a guess, for the plan only
+
+
+def asked(config: Config, seeds: list[dict]) -> list[tuple[int, str, int]]:
+    """What a run will ask: how many prompts, one like them, most tokens of a reply."""
+    task, s, a = seeds[0], SelfInstruct(), Alpaca()
+    text = max((t["instruction"] for t in seeds), key=len)
+    if config.mode == "self-instruct":
+        calls = math.ceil(config.wanted / (PASS * (s.last_number - 1 - s.shots)))
+        return [
+            (calls, instruction_prompt(seeds[: s.shots]), s.instruction_tokens),
+            (config.wanted, question_prompt(seeds, s, text), s.verdict_tokens),
+            (config.wanted, instance_prompt(seeds, text, False), s.instance_tokens),
+        ]
+    if config.mode == "alpaca":
+        calls = math.ceil(config.wanted / (PASS * (a.last_number - a.shots)))
+        return [(calls, alpaca_prompt(seeds[: a.shots]), a.max_tokens)]
+    if config.mode == "evol":
+        long = EVOLVED_TOKENS
+        prompts = [(evolve_prompt("constraint", task), long), (answer_prompt(text), long),
+                   (equal_prompt(text, text), 4)]  # fmt: skip
+        return [(ROUNDS * len(seeds), *prompt) for prompt in prompts]
+    return []
+
+
+def plan(config: Config, prompts: list[tuple[int, str, int]]) -> None:
+    """Prints tokens and cost before any are spent; English has about four bytes a token."""
+    tokens_in = sum(n * math.ceil(len(prompt.encode()) / 4) for n, prompt, _ in prompts)
+    tokens_out = sum(n * most for n, _, most in prompts)
+    millionths = tokens_in * config.dollars_per_million_in
+    millionths += tokens_out * config.dollars_per_million_out
+    print(f"plan     {sum(n for n, _, _ in prompts)} prompts, about {tokens_in:,} tokens; replies "
+          f"at most {tokens_out:,}: at most about {millionths / 1e6:.2f} dollars")  # fmt: skip
+
+
+def back_end(config: Config) -> tuple[Callable | None, str]:
+    """The model that the flags name, and its name for the ledger."""
+    if config.endpoint:
+        limits = Limits(config.tokens, config.dollars, config.dollars_per_million_in,
+                        config.dollars_per_million_out)  # fmt: skip
+        answers = Path(config.out) / "answers.jsonl"
+        return Endpoint(config.endpoint, config.model, answers, limits), config.model
+    if config.checkpoint:
+        return Checkpoint.load(Path(config.checkpoint)), config.checkpoint
+    return None, "none"
 
 
 def invent(config: Config) -> int:
     """New instruction data from seed tasks and a model: ledger, Alpaca file and chat file."""
     folder, seeds = Path(config.out), load_seeds(config.seeds)
+    plan(config, asked(config, seeds))
+    if config.plan:
+        return 0
+    tests = read_rows(config.test) if config.test else []
+    tests = [" ".join(map(str, row.values())) for row in tests]
+    complete, name = back_end(config)
     names = ("mode", "seed", "wanted", "endpoint", "model", "checkpoint")
     settings = {name: getattr(config, name) for name in names}
-    settings["seeds"] = digest(seeds)
-    if config.endpoint:
-        limits = Limits(config.tokens, config.dollars, config.dollars_per_million_in,
-                        config.dollars_per_million_out)  # fmt: skip
-        complete = Endpoint(config.endpoint, config.model, folder / "answers.jsonl", limits)
-        name = config.model
-    else:
-        complete, name = Checkpoint.load(Path(config.checkpoint)), config.checkpoint
-    ledger = Ledger(folder / "ledger.jsonl", settings)
+    ledger = Ledger(folder / "ledger.jsonl", settings | {"seeds": digest(seeds, tests)})
     maker = Maker(complete, name, config.seed, ledger)
-    make = {"self-instruct": self_instruct, "alpaca": alpaca}.get(config.mode)
-    items = make(maker, seeds, config.wanted) if make else evolve(maker, seeds)
+    if config.mode == "evol":
+        items = evolve(maker, seeds)
+    elif config.mode == "augment":
+        items = augment(maker, seeds, ["French"] if complete else [])
+    else:
+        make = {"self-instruct": self_instruct, "alpaca": alpaca}[config.mode]
+        items = make(maker, seeds, config.wanted)
+    items = clean(maker, items, tests, near=config.mode != "augment")
+    write_lines(folder / "items.jsonl", items)
     write_lines(folder / "alpaca.jsonl", map(alpaca_record, items))
     write_lines(folder / "chat.jsonl", map(chat_record, items))
+    summarise(ledger, complete)
+    texts = [item["instruction"] for item in items]
+    common = [" ".join(pair) for pair, _ in verb_nouns(texts).most_common(3)]
+    print(f"data     {len(items)} in {folder}: items.jsonl, alpaca.jsonl and chat.jsonl")
+    print(f"spread   distinct-2 {distinct_n(texts, 2):.3f}, self-BLEU {self_bleu(texts):.3f}, "
+          f"Vendi score {vendi_score(texts):.1f}; commonest {', '.join(common)}")  # fmt: skip
+    return 0
+
+
+def summarise(ledger: Ledger, complete: Callable | None) -> None:
     entries = [e for step in ledger.steps.values() for e in step if "verdict" in e]
     reasons = collections.Counter(e["reason"].split(":")[0] for e in entries if e["reason"])
     print(f"{len(entries)} items, {len(accepted(entries))} accepted; rejected:")
     for reason, count in reasons.most_common():
         print(f"  {count:6} {reason}")
-    texts = [item["instruction"] for item in items]
-    print(f"data     {len(items)} in {folder / 'alpaca.jsonl'} and chat.jsonl")
-    print(f"spread   distinct-2 {distinct_n(texts, 2):.3f}, self-BLEU {self_bleu(texts):.3f}, "
-          f"Vendi score {vendi_score(texts):.1f}")  # fmt: skip
-    if config.endpoint:
+    if isinstance(complete, Endpoint):
         print(f"spent    {complete.tokens:,} tokens, {complete.dollars:.2f} dollars")
+
+
+def map_rows(config: Config) -> int:
+    """A table, a prompt and a schema: each row with its answer, and the rejects with reasons."""
+    folder, rows = Path(config.out), read_rows(config.rows)
+    template = Path(config.template).read_text(encoding="utf-8")
+    try:
+        schema = json.loads(Path(config.schema).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config.schema}: no JSON: {error}") from error
+    check_schema(schema)
+    plan(config, [(1, fill(template, row), ANSWER_TOKENS) for row in rows])
+    if config.plan:
+        return 0
+    complete, name = back_end(config)
+    settings = {"model": name, "seed": config.seed, "job": digest(rows, template, schema)}
+    ledger = Ledger(folder / "ledger.jsonl", settings)
+    items = process_rows(Maker(complete, name, config.seed, ledger), rows, template, schema)
+    good, bad = accepted(items), [item for item in items if item["reason"]]
+    write_lines(folder / "rows.jsonl", [{**i["row"], "answer": i["answer"]} for i in good])
+    bad = [{**i["row"], "reply": i["answer"], "reason": i["reason"]} for i in bad]
+    write_lines(folder / "rejects.jsonl", bad)
+    summarise(ledger, complete)
+    print(f"data     {len(good)} in {folder / 'rows.jsonl'}, {len(bad)} in rejects.jsonl")
+    return 0
+
+
+FOLDS = 5
+
+
+def folds(config: Config) -> int:
+    """What data of an earlier run are worth, by cross-validation over families of seed tasks.
+
+    A model is trained on what was made from four fifths of the seeds and tested on the rest: on
+    the seeds themselves, which people wrote, beside a model trained on the other seeds.
+    """
+    base, seeds = Checkpoint.load(Path(config.checkpoint)), load_seeds(config.seeds)
+    items = read_rows(Path(config.out) / "items.jsonl")
+    families = grouped_folds([i["ancestor"] for i in items] + [s["id"] for s in seeds], FOLDS)
+    fold_of, found = families[: len(items)], families[len(items) :]
+    losses_of, leaks = collections.defaultdict(list), 0
+    for fold in range(FOLDS):
+        tests = [training_text(s) for s, f in zip(seeds, found) if f == fold]
+        check = Decontaminator(" ".join(test) for test in tests)
+        made = [i for i, f in zip(items, fold_of) if f != fold]
+        pure = [i for i in made if not check.fault(" ".join(training_text(i)))]
+        leaks += len(made) - len(pure)
+        real = [s for s, f in zip(seeds, found) if f != fold]
+        x, y, used = pack(tests, base.vocabulary, base.model.config.seq_len)
+        for name, data in (("nothing", []), ("the other seeds", real), ("data", pure),
+                           ("both", real + pure)):  # fmt: skip
+            pairs = [training_text(item) for item in data]
+            model = trained(base, pairs, config).model if data else base.model
+            with torch.no_grad():
+                losses_of[name].append(losses.cross_entropy(model(x), y).item())
+        print(f"fold {fold + 1}   {len(pure)} items and {len(real)} seeds to train on, "
+              f"{used} seeds of other families to test")  # fmt: skip
+    print(f"{leaks} items left out for a run of 13 words of their test\n\n"
+          "trained on         nats a token, mean over folds, and against nothing")  # fmt: skip
+    for name, values in losses_of.items():
+        change = np.array(values) - losses_of["nothing"]
+        print(f"{name:18}{np.mean(values):7.3f}{change.mean():9.3f} +- "
+              f"{change.std(ddof=1) / math.sqrt(FOLDS):.3f}")  # fmt: skip
+    return 0
+
+
+def distil(config: Config) -> int:
+    """Two students of one teacher and of equal tokens: its texts, or its soft targets on them."""
+    if config.checkpoint:
+        teacher, prompts = Checkpoint.load(Path(config.checkpoint)), [""] * (2 * config.requests)
+    else:
+        world, rng = SmallWorld(), generator(config.seed, "distil")
+        teacher = base_model(config, world, Path(config.out))
+        prompts = [world.instruct(rng)[0] for _ in range(2 * config.requests)]
+    pairs = list(zip(prompts, teacher(prompts, seed=config.seed)))
+    seq_len = teacher.model.config.seq_len
+    x, y, _ = pack(pairs[: config.requests], teacher.vocabulary, seq_len)
+    new, labels, _ = pack(pairs[config.requests :], teacher.vocabulary, seq_len)
+    print(
+        f"{config.requests} texts of the teacher, {int((y != IGNORE).sum()):,} tokens; "
+        f"{config.steps} steps\n\nstudent               KL from the teacher  nats a token"
+    )
+    for name, soft in (("none, the teacher", None), ("response distillation", {}),
+                       ("logit distillation", {"teacher": teacher.model})):  # fmt: skip
+        torch.manual_seed(config.seed)
+        model = teacher.model if soft is None else gpt.GPT(teacher.model.config)
+        if soft is not None:
+            fine_tune(model, x, y, steps=config.steps, learning_rate=6e-3, seed=config.seed, **soft)
+        with torch.no_grad():
+            p, q = (m(new).log_softmax(-1)[labels != IGNORE] for m in (teacher.model, model))
+            nats = losses.cross_entropy(model(new), labels).item()
+        print(f"{name:22}{(p.exp() * (p - q)).sum(-1).mean().item():19.3f}{nats:14.3f}")
     return 0
 
 
@@ -2018,8 +2388,9 @@ def read_flags(argv: list[str]) -> Config:
                                      argument_default=argparse.SUPPRESS)  # fmt: skip
     for name, kind in typing.get_type_hints(Config).items():
         kind = (typing.get_args(kind) or (kind,))[0]  # str | None -> str
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=kind, help=about.get(name), metavar=kind.__name__.upper())
+        value = {"type": kind, "metavar": kind.__name__.upper()}
+        value = {"action": "store_true"} if kind is bool else value
+        parser.add_argument("--" + name.replace("_", "-"), help=about.get(name), **value)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -2027,7 +2398,8 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     try:
         config = read_flags(argv)
-        return experiment(config) if config.mode == "stories" else invent(config)
+        commands = {"stories": experiment, "folds": folds, "distil": distil, "rows": map_rows}
+        return commands.get(config.mode, invent)(config)
     except (ValueError, OSError, BackendError, training.RunError) as error:
         print(f"09_selfinstruct.py: error: {error}", file=sys.stderr)
         return 2

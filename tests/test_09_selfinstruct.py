@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import bpe, stories
+
+try:
+    import jsonschema  # an oracle, where it is installed; the table says what it wants by itself
+except ImportError:
+    jsonschema = None
 
 si = importlib.import_module("09_selfinstruct")
 gpt = importlib.import_module("03_gpt")
@@ -762,6 +768,44 @@ def test_ledger_is_the_same_under_any_hash_seed(tmp_path):
     assert ledgers[0] == ledgers[1] == ledgers[2] and len(ledgers[0]) > 10_000
 
 
+KILLS = """
+import importlib, os, random, signal, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+test = importlib.import_module("test_09_selfinstruct")
+def child(path):  # in a process of its own, so that a SIGKILL ends nothing else
+    pid = os.fork()
+    if pid == 0:
+        test.make(path, test.Script(), wanted=60)
+        os._exit(0)
+    return pid
+start = time.monotonic()
+os.waitpid(child({whole!r}), 0)
+whole, rng, kills, sizes = time.monotonic() - start, random.Random(0), 0, []
+while True:
+    pid = child({cut!r})
+    if kills < 12:
+        time.sleep(rng.uniform(0, whole / 4))
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFEXITED(status):
+        break
+    kills += 1
+    sizes.append(os.path.getsize({cut!r}) if os.path.exists({cut!r}) else 0)
+print(kills, len(set(sizes)), os.WEXITSTATUS(status))
+"""
+
+
+def test_ledger_survives_sigkill_at_random_moments(tmp_path):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    script = KILLS.format(root=str(ROOT), whole=whole, cut=cut)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kills, places, status = map(int, done.stdout.split())
+    assert kills >= 12 and places >= 3 and status == 0
+    assert Path(cut).read_bytes() == Path(whole).read_bytes()
+
+
 def test_maker_refuses_a_model_that_breaks_the_contract(tmp_path):
     ledger = si.Ledger(tmp_path / "l", {})
     for wrong in (lambda p, **s: [], lambda p, **s: [None] * len(p)):
@@ -866,6 +910,165 @@ def test_evolve_eliminates_retries_and_goes_on_from_its_results(tmp_path):
     entries = [e for step in ledger.steps.values() for e in step if "verdict" in e]
     assert sum(e["reason"] == "nothing new" for e in entries) == 4
     assert {e["operator"] for e in entries} == {f"evol {name}" for name in si.OPERATIONS}
+
+
+# rows of a table, and schemas
+
+
+@pytest.mark.parametrize(
+    "value, schema, says",
+    [
+        (3, {}, None),
+        (3, {"type": "integer"}, None),
+        (3.0, {"type": "integer"}, None),
+        (3.5, {"type": "integer"}, "wanted integer"),
+        (True, {"type": "integer"}, "wanted integer"),
+        (True, {"type": "number"}, "wanted number"),
+        (1, {"type": "boolean"}, "wanted boolean"),
+        (None, {"type": ["string", "null"]}, None),
+        (2, {"type": ["string", "null"]}, "wanted string or null"),
+        ("a", {"enum": ["a", "b"]}, None),
+        ("c", {"enum": ["a", "b"]}, "wanted one of"),
+        (1, {"enum": [True]}, "wanted one of"),
+        (1.0, {"enum": [1]}, None),
+        ([1, {"a": 2}], {"enum": [[1, {"a": 2}]]}, None),
+        (5, {"minimum": 5, "maximum": 5}, None),
+        (4.9, {"minimum": 5}, "at least 5"),
+        (5.1, {"maximum": 5}, "at most 5"),
+        ("4", {"minimum": 5}, None),
+        ({}, {"required": ["a"]}, r"\$.a is missing"),
+        ([], {"required": ["a"]}, None),
+        ({"a": 1}, {"properties": {"a": {"type": "string"}}}, r"\$.a is 1, wanted string"),
+        ({"b": 1}, {"properties": {"a": {"type": "string"}}}, None),
+        ({"b": 1}, {"additionalProperties": False}, r"\$.b is not asked for"),
+        ({"b": 1}, {"properties": {"b": {}}, "additionalProperties": False}, None),
+        ({"b": 1}, {"additionalProperties": {"type": "string"}}, r"\$.b is 1"),
+        ([1, "x"], {"items": {"type": "integer"}}, r"\$\[1\] is .x., wanted integer"),
+        ([], {"items": {"type": "integer"}}, None),
+        ({"a": [{"b": None}]}, {"properties": {"a": {"items": {"required": ["c"]}}}},
+         r"\$.a\[0\].c is missing"),
+    ],
+)  # fmt: skip
+def test_schema_fault(value, schema, says):
+    si.check_schema(schema)
+    fault = si.schema_fault(value, schema)
+    assert fault is None if says is None else re.search(says, fault), fault
+    if jsonschema:
+        assert jsonschema.Draft202012Validator(schema).is_valid(value) == (fault is None)
+
+
+@pytest.mark.parametrize(
+    "schema", [3, {"pattern": "a"}, {"type": "text"}, {"properties": {"a": {"oneOf": []}}},
+               {"items": {"type": ["string", "text"]}}, {"additionalProperties": {"x": 1}}],
+)  # fmt: skip
+def test_schema_that_would_not_be_looked_at_is_refused(schema):
+    with pytest.raises(ValueError, match="schema"):
+        si.check_schema(schema)
+
+
+SCHEMA = {"type": "object", "required": ["kind", "price"], "additionalProperties": False,
+          "properties": {"kind": {"enum": ["fruit", "tool"]},
+                         "price": {"type": "number", "minimum": 0}}}  # fmt: skip
+TABLE = [  # name, reply, reason
+    ("apple", '{"kind": "fruit", "price": 2}', ""),
+    ("saw", '```json\n{"kind": "tool", "price": 9.5}\n```', ""),
+    ("dog", '{"kind": "pet", "price": 2}', '$.kind is "pet", wanted one of ["fruit", "tool"]'),
+    ("pear", '{"kind": "fruit", "price": -1}', "$.price is -1, wanted at least 0"),
+    ("pen, red", "It is a tool.", "no JSON: Expecting value: line 1 column 1 (char 0)"),
+    ("nail", '{"kind": "tool"}', "$.price is missing"),
+    ("", "", "no JSON: Expecting value: line 1 column 1 (char 0)"),
+]
+
+
+def test_rows_are_mapped_and_checked(serve, tmp_path, capsys):
+    """From a CSV and from JSONL alike; the same command again asks for nothing."""
+    replies = {f"What is {name}? {{json}}": reply for name, reply, _ in TABLE}
+
+    def reply(body):
+        return completion(replies[body["messages"][0]["content"]])
+
+    (tmp_path / "t.txt").write_text("What is {name}? {json}")
+    (tmp_path / "s.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"name": n}) + "\n"
+                                                 for n, _, _ in TABLE))  # fmt: skip
+    (tmp_path / "rows.csv").write_text("name\n" + "".join(f'"{n}"\n' for n, _, _ in TABLE))
+    server, outputs = serve(reply=reply), []
+    for table in ("rows.csv", "rows.jsonl"):
+        out = tmp_path / f"out-{table}"
+        argv = ["--mode", "rows", "--endpoint", server.url, "--model", "m", "--out", str(out),
+                "--rows", str(tmp_path / table), "--template", str(tmp_path / "t.txt"),
+                "--schema", str(tmp_path / "s.json")]  # fmt: skip
+        before = len(server.seen)
+        assert si.main([*argv, "--plan"]) == 0 and len(server.seen) == before
+        assert re.search(r"plan +7 prompts", capsys.readouterr().out) and not out.exists()
+        assert si.main(argv) == 0
+        asked = len(server.seen)
+        good, bad = (
+            [json.loads(line) for line in (out / name).read_text().splitlines()]
+            for name in ("rows.jsonl", "rejects.jsonl")
+        )
+        assert [r["name"] for r in good] == ["apple", "saw"]
+        assert good[1]["answer"] == {"kind": "tool", "price": 9.5}
+        assert [(r["name"], r["reply"], r["reason"]) for r in bad] == TABLE[2:]
+        ledger = (out / "ledger.jsonl").read_bytes()
+        assert si.main(argv) == 0 and len(server.seen) == asked
+        assert (out / "ledger.jsonl").read_bytes() == ledger
+        outputs.append((good, bad))
+    assert outputs[0] == outputs[1]
+
+
+def test_plan_is_what_is_asked_at_most(serve, tmp_path, capsys):
+    """Evol-Instruct asks a known number of prompts: the plan has as many, and nothing is sent."""
+    server = serve(reply=lambda body: completion("Equal"))
+    (tmp_path / "seeds").write_text("".join(json.dumps(task) + "\n" for task in SEEDS[:5]))
+    argv = ["--mode", "evol", "--endpoint", server.url, "--model", "m", "--out",
+            str(tmp_path / "e"), "--dollars-per-million-out", "10",
+            "--seeds", str(tmp_path / "seeds")]  # fmt: skip
+    assert si.main([*argv, "--plan"]) == 0 and not server.seen
+    words = capsys.readouterr().out.replace(",", "").split()
+    prompts, dollars = int(words[1]), float(words[-2])
+    assert prompts == 4 * 3 * 5
+    assert dollars == pytest.approx(4 * 5 * (2 * 2048 + 4) * 10 / 1e6, abs=0.01)
+    assert si.main(argv) == 0 and len(server.seen) <= prompts
+
+
+def test_rows_go_on_after_a_stop(tmp_path):
+    rows, calls = [{"name": str(i)} for i in range(7)], []
+
+    def model(prompts, *, stop_at=None, **sampling):
+        calls.extend(prompts)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return ["[]" if "3" in prompt else "1" for prompt in prompts]
+
+    def run(path, model):
+        maker = si.Maker(model, "m", 0, si.Ledger(path, {"job": 1}))
+        return si.process_rows(maker, rows, "{name}", {"type": "integer"}, batch=2)
+
+    items = run(tmp_path / "whole", model)
+    assert [i["answer"] for i in items] == [1, 1, 1, "[]", 1, 1, 1]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", partial(model, stop_at=6))
+    assert run(tmp_path / "cut", model) == items
+    assert calls == [str(i) for i in [0, 1, 2, 3, 4, 5, 4, 5, 6]]
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_rows_of_a_bad_table_or_schema_are_named(tmp_path, capsys):
+    good = {"rows": '{"a": 1}\n', "template": "{a}", "schema": "{}"}
+    for name, text, says in (
+        ("rows", '{"a": 1}\n[1]\n', "rows, line 2: no JSON object"),
+        ("schema", "{", "schema: no JSON"),
+        ("schema", '{"pattern": "a"}', "'pattern' is not among"),
+    ):
+        argv = ["--mode", "rows", "--endpoint", "http://localhost:9/v1", "--model", "m"]
+        for key, value in (good | {name: text}).items():
+            (tmp_path / key).write_text(value)
+            argv += [f"--{key}", str(tmp_path / key)]
+        assert si.main(argv) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
 
 
 # augmentation
@@ -1108,6 +1311,68 @@ def test_logit_distillation_brings_the_student_to_the_teacher(small_model):
     assert results[1] < 0.5 * kl(gpt.GPT(teacher.config)) < results[0]
 
 
+# from data to what they are worth: augment, clean, folds, distil
+
+
+@pytest.fixture(scope="module")
+def run_of_06(tmp_path_factory):
+    """A checkpoint of 06 after two steps, in the folder that --checkpoint names."""
+    folder = tmp_path_factory.mktemp("06")
+    training = importlib.import_module("06_train")
+    training.train(training.Config(out=str(folder / "run"), cache=str(folder / "cache"),
+                                   story_count=60, max_steps=2, warmup_steps=1, eval_tokens=500,
+                                   vocab_size=400, seq_len=160))  # fmt: skip
+    return folder / "run"
+
+
+def test_augment_makes_data_that_folds_can_judge(run_of_06, tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--steps", "2"]
+    assert si.main(["--mode", "augment", *argv]) == 0
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    seeds = {task["id"]: task for task in SEEDS}
+    assert {i["operator"] for i in items} == {"eda", "aeda", "mistype"} and len(items) > 200
+    for item in items:
+        seed = seeds[item["ancestor"]]
+        assert item["instruction"] != seed["instruction"] and item["output"] == seed["output"]
+    texts = [i["instruction"] for i in items]
+    assert len(set(texts)) == len(texts)
+    capsys.readouterr()
+    assert si.main(["--mode", "folds", "--checkpoint", str(run_of_06), *argv]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^fold \d", out, re.M)) == si.FOLDS
+    seen = [int(n) for n in re.findall(r"and (\d+) seeds to train on", out)]
+    assert sum(len(SEEDS) - n for n in seen) == len(SEEDS)  # each seed is tested once
+    # a seed has 6 variants at most, all on its side; what is trained on is of the other folds
+    made = [int(n) for n in re.findall(r"^fold \d +(\d+) items", out, re.M)]
+    left = int(re.search(r"^(\d+) items left out", out, re.M)[1])
+    assert sum(made) + left == (si.FOLDS - 1) * len(items)
+
+
+def test_clean_leaves_out_test_texts_and_near_duplicates(tmp_path):
+    long = " ".join(f"w{i}" for i in range(30))
+    texts = [long, long + " w30", "Quite another task.", " ".join(f"t{i}" for i in range(20))]
+    items = [{"id": t[:9] + str(i), "instruction": t, "input": "", "output": "yes"}
+             for i, t in enumerate(texts)]  # fmt: skip
+    tests = ["so " + " ".join(f"t{i}" for i in range(3, 18))]
+    ledger = si.Ledger(tmp_path / "l", {})
+    maker = si.Maker(None, "none", 0, ledger)
+    assert si.clean(maker, items, tests) == [items[0], items[2]]
+    assert [e["reason"].split(":")[0] for e in ledger.steps["clean"]] == [
+        "", "near duplicate", "", "in the test set"]  # fmt: skip
+    assert si.clean(si.Maker(None, "none", 0, si.Ledger(tmp_path / "m", {})), items, [],
+                    near=False) == items  # fmt: skip
+
+
+def test_distil_compares_two_students_at_equal_tokens(run_of_06, tmp_path, capsys):
+    argv = ["--mode", "distil", "--out", str(tmp_path), "--checkpoint", str(run_of_06),
+            "--requests", "4", "--steps", "2"]  # fmt: skip
+    assert si.main(argv) == 0
+    out = capsys.readouterr().out
+    kl = {name: float(re.search(rf"^{name}.*? (\d+\.\d+) +\d", out, re.M)[1])
+          for name in ("none", "response", "logit")}  # fmt: skip
+    assert kl["none"] == 0 < kl["logit"] and kl["response"] > 0
+
+
 # statistics
 
 
@@ -1140,12 +1405,12 @@ def test_small_world_is_part_of_the_grammar():
     "text, reason",
     [
         ("Words: a\nStory:", "no request"),
-        ("Words: kind, park\nFeatures: \nStory:", "three words"),
-        ("Words: kind, brave, park\nFeatures: \nStory:", "three words"),
-        ("Words: kind, xyz, park\nFeatures: \nStory:", "unknown word"),
-        ("Words: kind, sunny, park\nFeatures: Love\nStory:", "unknown feature"),
-        ("Words: kind, sunny, park\nFeatures: Moral, Moral\nStory:", "unknown feature"),
-        ("Words: kind, sunny, park\nFeatures: Moral, Dialogue\nStory:", None),
+        ("Words: sunny, park\nFeatures: \nStory:", "three words"),
+        ("Words: sunny, windy, park\nFeatures: \nStory:", "three words"),
+        ("Words: sunny, xyz, park\nFeatures: \nStory:", "unknown word"),
+        ("Words: sunny, rabbit, park\nFeatures: Love\nStory:", "unknown feature"),
+        ("Words: sunny, rabbit, park\nFeatures: Moral, Moral\nStory:", "unknown feature"),
+        ("Words: sunny, rabbit, park\nFeatures: Moral, Dialogue\nStory:", None),
     ],
 )
 def test_request_filters(text, reason):
@@ -1192,6 +1457,8 @@ def test_command_against_a_server_accepts_the_known_set(serve, tmp_path, capsys)
         (["--mode", "alpaca", "--endpoint", "http://localhost:9/v1"], "give the --model"),
         (["--mode", "alpaca", "--endpoint", "http://h/v1", "--model", "m"], "OPENAI_API_KEY"),
         (["--mode", "alpaca", "--checkpoint", "OUT/none"], "no checkpoint"),
+        (["--mode", "rows", "--checkpoint", "x"], "--template FILE"),
+        (["--mode", "folds"], "give --checkpoint"),
         (["--mode", "alpaca", "--checkpoint", "x", "--seeds", "OUT/none"], "No such file"),
         (["--wanted", "0"], "wanted >= 1"),
     ],
