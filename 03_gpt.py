@@ -57,6 +57,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 try:  # Triton kernels, where the folder stands beside this file
     from kernels.attention import HEAD_DIMS, triton
@@ -150,16 +151,44 @@ def use_triton(implementation: str, x: Tensor) -> bool:
     return implementation == "triton" or (implementation == "auto" and on_gpu)
 
 
+class Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: it keeps x and one number a row, autograd two x more.
+
+    With x_hat = x * rstd, slope = dL/dx_hat = dy * gain, and means along the last axis:
+        dL/dx = rstd * (slope - x_hat * mean(slope * x_hat)),   dL/dgain = sum of dy * x_hat
+    The norm forgets how long x is, so the part of the slope along x_hat does not reach x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, gain, rstd)
+        return (wide * rstd).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gain, rstd = ctx.saved_tensors
+        x_hat = x * rstd  # (..., C)
+        product = dy * x_hat
+        d_gain = product.reshape(-1, len(gain)).sum(0)  # (C,)
+        mean = (product @ gain.to(product.dtype) / len(gain)).unsqueeze(-1)  # (..., 1)
+        dx = (dy * gain).addcmul_(x_hat, mean, value=-1).mul_(rstd)
+        return dx.to(x.dtype), d_gain.to(gain.dtype), None
+
+
 def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") -> Tensor:
-    """x over its root mean square along the last axis, times gain.
+    """x over its root mean square along the last axis, times gain. No second derivative.
 
     Args: x (..., C), gain (C,). Half-precision input is normalised in float32 and cast back.
     """
     if use_triton(implementation, x):
         return fused_rmsnorm(x, gain, eps, implementation="triton")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
-    return (wide * rstd * gain).to(x.dtype)
+    if torch.is_grad_enabled():
+        return Normalise.apply(x, gain, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)  # the same numbers in one call of torch
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
 
 
 def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -272,6 +301,39 @@ class Attention(nn.Module):
         return rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin), v
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of the last axis: (..., 2M) -> (..., M)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class GatedProduct(torch.autograd.Function):
+    """swiglu(gate_up) @ weight.T, keeping gate_up alone: silu * up is cheap to compute again.
+
+    With s = sigmoid(gate), silu = gate * s and h = silu * up:
+        dL/dup = dh * silu,   dL/dgate = dh * up * s * (1 + gate * (1 - s))
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up, weight):
+        ctx.save_for_backward(gate_up, weight)
+        return F.linear(swiglu(gate_up), weight)  # (..., C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate_up, weight = ctx.saved_tensors
+        wide = torch.promote_types(gate_up.dtype, torch.float32)
+        gate, up = gate_up.to(wide).chunk(2, dim=-1)  # (..., M) each
+        s = torch.sigmoid(gate)
+        silu = gate * s
+        h = (silu * up).to(dy.dtype)
+        d_weight = dy.flatten(0, -2).T @ h.flatten(0, -2)  # (C, M)
+        dh = dy @ weight.to(dy.dtype)  # (..., M)
+        d_gate_up = torch.cat((dh * up * (s + silu * (1 - s)), dh * silu), dim=-1)
+        return d_gate_up.to(gate_up.dtype), d_weight.to(weight.dtype)
+
+
 class MLP(nn.Module):
     """SwiGLU: a gated layer, silu(gate) * up, between two projections."""
 
@@ -285,8 +347,9 @@ class MLP(nn.Module):
         gate_up = self.gate_up(x)  # (B, T, 2M)
         if use_triton(self.config.implementation, gate_up):
             return self.down(fused_swiglu(gate_up, implementation="triton"))  # (B, T, C)
-        gate, up = gate_up.chunk(2, dim=-1)  # (B, T, M) each
-        return self.down(F.silu(gate) * up)  # (B, T, C)
+        if torch.is_grad_enabled():
+            return GatedProduct.apply(gate_up, self.down.weight)  # (B, T, C)
+        return self.down(swiglu(gate_up))  # (B, T, C)
 
 
 class Block(nn.Module):
