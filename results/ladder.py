@@ -100,6 +100,7 @@ def with_random_projections(model: gpt.GPT) -> gpt.GPT:
 class Arm:
     settings: dict  # fields of 06's Config that differ from FULL
     change: Callable[[gpt.GPT], gpt.GPT] = lambda model: model  # of the model just built
+    length: float = 1.0  # steps, in those of the full recipe
 
 
 def all_changes(model: gpt.GPT) -> gpt.GPT:
@@ -111,12 +112,12 @@ def all_changes(model: gpt.GPT) -> gpt.GPT:
 FULL = {
     "optimizer": "muon",
     "learning_rate": 6e-3,
-    "muon_learning_rate": 1e-2,
+    "muon_learning_rate": 5e-3,
     "schedule": "wsd",
 }
 BACK = {  # a choice of the recipe -> what was there before it
     "Muon": Arm({"optimizer": "adamw"}),
-    "the learning rates": Arm({"learning_rate": 6e-4, "muon_learning_rate": 1e-3}),
+    "the learning rates": Arm({"learning_rate": 6e-4, "muon_learning_rate": 5e-4}),
     "QK-norm": Arm({}, without_qk_norm),
     "RoPE": Arm({}, with_learned_positions),
     "dropout 0": Arm({}, with_dropout),
@@ -128,11 +129,11 @@ ARMS = {
     **{f"without {name}": arm for name, arm in BACK.items()},
     "none of them": Arm({k: v for arm in BACK.values() for k, v in arm.settings.items()},
                         all_changes),
+    "without Muon, equal time": Arm({"optimizer": "adamw"}, length=1.2),  # by --speed
 }  # fmt: skip
 TUNED = [  # arm and rates, --tune
     *[("without Muon", {"learning_rate": rate}) for rate in (3e-3, 6e-3, 1e-2)],
-    *[("full recipe", {"muon_learning_rate": rate}) for rate in (5e-3, 1e-2, 2e-2, 4e-2)],
-    ("full recipe", {"learning_rate": 3e-3}),
+    *[("full recipe", {"muon_learning_rate": rate}) for rate in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)],
 ]
 
 
@@ -150,7 +151,7 @@ def describe(name: str, data: str, seed: int, steps: int, rates: dict) -> dict:
         "text": Path(data).name,
         "arm": name,
         "seed": seed,
-        "steps": steps,
+        "steps": round(steps * ARMS[name].length),
         "settings": settings_of(name, rates),
     }
 
@@ -310,6 +311,19 @@ def table(kept: dict, text: str, steps: int) -> str:
     return "\n".join(lines)
 
 
+def tuning(kept: dict, text: str) -> str:
+    """What --tune found on a text, one line per run; an empty string where it was not done."""
+    lines = []
+    for run in kept["runs"]:
+        if run["text"] == text and run["seed"] == TUNING_SEED:
+            rates = [f"{k} {v:g}" for k, v in run["settings"].items() if k.endswith("rate")]
+            lines.append(
+                f"tuning, {text}, {run['steps']} steps, {run['settings']['optimizer']}, "
+                f"{', '.join(rates)}: {score(run):.3f} {unit(run)}"
+            )
+    return "\n".join(sorted(lines))
+
+
 def plot(kept: dict, texts: list[str], steps: int, path: str) -> None:
     """Every run a dot and every mean a bar, an arm a line, a text a panel."""
     try:
@@ -360,8 +374,9 @@ def main(argv: list[str]) -> int:
             train_missing([describe(*of) for of in wanted], args.data, args.json, args.cache)
         kept = load(args.json)
         texts = list(dict.fromkeys(run["text"] for run in kept["runs"]))
-        texts = [text for text in texts if table(kept, text, args.steps)]
-        print("\n\n".join(table(kept, text, args.steps) for text in texts))
+        parts = [[tuning(kept, text), table(kept, text, args.steps)] for text in texts]
+        print("\n\n".join(part for of_text in parts for part in of_text if part))
+        texts = [text for text, of_text in zip(texts, parts) if of_text[1]]
         if args.plot and not texts:
             raise train.RunError(f"--plot: no full recipe of {args.steps} steps in {args.json}")
         if args.plot:

@@ -146,6 +146,15 @@ def test_every_arm_differs_from_the_full_recipe():
         assert (ladder.settings_of(name, {}) != full or not same_model) == (name != "full recipe")
 
 
+def test_equal_time_has_more_steps_and_is_the_same_otherwise():
+    short, long = (
+        ladder.describe(name, "stories", 0, 200, {})
+        for name in ("without Muon", "without Muon, equal time")
+    )
+    assert (short["steps"], long["steps"]) == (200, 240)
+    assert short["settings"] == long["settings"]
+
+
 def test_building_ends_with_its_block():
     plain = train.build
     with ladder.building("without QK-norm"):
@@ -242,7 +251,13 @@ def test_tuning_stays_out_of_the_table(trained, tmp_path):
     ladder.main(["--data", "text.txt", "--json", str(path), "--tune"])
     assert len(trained) == len(ladder.TUNED)
     assert {run["seed"] for run in trained} == {ladder.TUNING_SEED}
-    assert ladder.scores(ladder.load(path), "text.txt", ladder.STEPS) == {}
+    kept = ladder.load(path)
+    assert ladder.scores(kept, "text.txt", ladder.STEPS) == {}
+    lines = ladder.tuning(kept, "text.txt").splitlines()
+    assert len(lines) == len(ladder.TUNED) and ladder.tuning(kept, "other.txt") == ""
+    rate = ladder.TUNED[0][1]["learning_rate"]  # the first run, with which the mock scores 1
+    wanted = f"tuning, text.txt, 200 steps, adamw, learning_rate {rate:g}: 1.000 bits per byte"
+    assert wanted in lines
 
 
 # The table
