@@ -408,6 +408,11 @@ def print_losses(shape: Shape, result: dict) -> None:
 def run(args: argparse.Namespace) -> dict:
     if bool(args.losses) != bool(args.train and args.val):
         raise train.RunError("--losses TOKENS goes with --train FILE and --val FILE")
+    if args.steps < 0 or min(args.rows) < 1:
+        raise train.RunError(f"--steps {args.steps} --rows {args.rows}: wanted 0 and 1 at least")
+    for text in filter(None, (args.train, args.val)):  # now, not after the steps
+        if not Path(text).is_file():
+            raise train.RunError(f"{text}: no such file; wanted stories separated by <|endoftext|>")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise train.RunError(f"--json {args.json}: there is no such folder; make it first")
     device = train.pick_device("auto")

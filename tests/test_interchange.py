@@ -205,6 +205,17 @@ def test_folder_generates_the_same_greedy_text(vocabulary, encoding, exported):
     assert len(different) > 30, "a model that repeats itself would prove nothing"
 
 
+def test_folder_goes_on_from_prompts_of_different_lengths(exported):
+    model, theirs, tokenizer, _ = exported
+    prompts = ["Once", "One day a little fox and a bear went to the river", "He"]
+    given = tokenizer(prompts, padding=True, return_tensors="pt")
+    found = theirs.generate(**given, max_new_tokens=20, do_sample=False)
+    for prompt, row in zip(prompts, found):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        wanted = model.generate(ids, 20, temperature=0)[0, ids.shape[1] :]
+        assert torch.equal(row[-20:], wanted)
+
+
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_folder_stops_at_the_end_token(vocabulary, tmp_path, qk_norm):
     """Left to itself a Llama stops at id 2, which is a byte here, and a Qwen3 at none."""
@@ -479,17 +490,21 @@ def test_compare_memory_is_that_of_a_process_alone(setting):
         (["NANO", "NANO"], "NANO: not as expected of smolgpt"),
         (["SMOL", "NANO", "--losses", "9"], "--losses TOKENS goes with --train FILE and --val"),
         (["SMOL", "NANO", "--train", "a", "--val", "b"], "--losses TOKENS goes with --train"),
-        (["SMOL", "NANO", "--losses", "9", "--train", "none", "--val", "none"], "[Errno 2] No su"),
+        (["SMOL", "NANO", "--losses", "9", "--train", "none", "--val", "b"], "none: no such file"),
+        (["SMOL", "NANO", "--losses", "9", "--train", "NANO", "--val", "b"], "NANO: no such file"),
+        (["SMOL", "NANO", "--losses", "9", "--train", "TEXT", "--val", "TEXT"], "TEXT: no <|endof"),
+        (["SMOL", "NANO", "--rows", "0"], "--steps 1 --rows [0]: wanted 0 and 1 at least"),
         (["SMOL", "NANO", "--json", "no/where"], "--json no/where: there is no such folder"),
     ],
 )
 def test_compare_says_in_one_line_what_is_wrong(peers, monkeypatch, capsys, flags, error):
+    text = peers["nanogpt"] + "/model.py"  # no stories in it
     monkeypatch.setattr(compare, "memory_alone", lambda *args: None)
     monkeypatch.setattr(compare, "STEP_SHAPE", TINY)
-    names = {"SMOL": peers["smolgpt"], "NANO": peers["nanogpt"]}
+    names = {"SMOL": peers["smolgpt"], "NANO": peers["nanogpt"], "TEXT": text}
     flags = [names.get(flag, flag) for flag in flags]
     assert compare.main([*flags, "--steps", "0" if "--losses" in flags else "1"]) == 2
     printed = capsys.readouterr()
-    error = error.replace("NANO", peers["nanogpt"])
+    error = error.replace("NANO", peers["nanogpt"]).replace("TEXT", text)
     assert printed.err.startswith(f"compare.py: error: {error}"), printed.err
     assert printed.err.count("\n") == 1
