@@ -1726,10 +1726,10 @@ def clean(maker: Maker, items: list[dict], tests: Iterable[str], near: bool = Tr
         faults = [check.fault(text) or (None if i in kept else "near duplicate")
                   for i, text in enumerate(texts)]  # fmt: skip
         return [maker.item("clean", [item], "", fault, maker.seed)
-                for item, fault in zip(items, faults)]  # fmt: skip
+                for item, fault in zip(items, faults) if fault]  # fmt: skip
 
-    verdicts = maker.ledger.step("clean", work)
-    return [item for item, found in zip(items, verdicts) if not found["reason"]]
+    out = {item["parents"][0] for item in maker.ledger.step("clean", work)}
+    return [item for item in items if item["id"] not in out]
 
 
 def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
@@ -1847,13 +1847,12 @@ def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-WORDS = 4  # choices of a slot, but for these rules: which of their alternatives are left
-CHOICES = {
-    "story": [2], "opening": [0, 1], "once": [0, 1, 2], "girl": [0], "boy": [0], "habit": [0, 1],
-    "setting": [0], "day": [1], "gather": [0, 1, 3], "number": [0], "share": [3],
-    "recount": [1], "close": [1], "count moral": [0, 1],
-}  # fmt: skip
 KINDS = ("weather", "place", "container", "animal")  # of words to ask for
+WORDS = 4  # of each kind; other rules keep two alternatives, the first ones but here:
+CHOICES = {
+    "story": [2], "opening": [0, 1], "girl": [0], "boy": [0], "setting": [0], "day": [1],
+    "gather": [0, 3], "number": [0], "share": [3], "recount": [1], "close": [1],
+}  # fmt: skip
 
 
 class SmallWorld:
@@ -1866,8 +1865,9 @@ class SmallWorld:
     def __init__(self):
         self.rules = {}
         for rule, alternatives in stories.RULES.items():
-            few = [1] if rule.startswith("items @") else range(min(WORDS, len(alternatives)))
-            self.rules[rule] = [alternatives[i] for i in CHOICES.get(rule, few)]
+            few = range(WORDS if rule in KINDS else min(2, len(alternatives)))
+            few = [1] if rule.startswith("items @") else CHOICES.get(rule, few)
+            self.rules[rule] = [alternatives[i] for i in few]
         self.words = {kind: [value[0] for value in self.rules[kind]] for kind in KINDS}
         self.kind = {word: kind for kind, words in self.words.items() for word in words}
         self.features = [*stories.FEATURES, "Dialogue", "Moral"]
@@ -2011,9 +2011,9 @@ class Config:
     dollars: float = 5.0  # likewise, by the two prices
     dollars_per_million_in: float = 0.0
     dollars_per_million_out: float = 0.0
-    base_texts: int = 6000  # of the experiment: stories that the base model learns from,
-    base_steps: int = 1000  # in as many steps of 8 rows; then a third as many stories and steps
-    base_share: float = 0.4  # in which a word asked for has so much of a chance to be right
+    base_texts: int = 6000  # of the experiment: stories that the base model learns from
+    base_steps: int = 900  # of 8 rows, under the right request; then a third as many
+    base_share: float = 0.4  # under requests whose words are each right with this probability
     rounds: int = 2
     requests: int = 200  # new ones a round
     samples: int = 4  # stories written for each
@@ -2036,6 +2036,8 @@ class Config:
             raise ValueError("--endpoint: give the --model too")
         if self.mode == "rows" and not (self.rows and self.template and self.schema):
             raise ValueError("--mode rows: give --rows FILE, --template FILE and --schema FILE")
+        if self.plan and not asks:
+            raise ValueError(f"--plan: --mode {self.mode} asks no server for anything")
         if self.mode == "folds" and not self.checkpoint:
             raise ValueError("--mode folds: give --checkpoint FOLDER, the model to be fine-tuned")
 
@@ -2050,11 +2052,11 @@ def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
     each word is right by a chance of `base_share` only. Text from the web is like this: what
     stands above a text is seldom what it was written for. Trained here, or found in the folder.
     """
-    rng, texts = generator(config.seed, "base"), []
-    for share, count in ((1.0, config.base_texts), (config.base_share, config.base_texts // 3)):
-        pairs = [world.instruct(rng) for _ in range(count)]
-        texts.append([f"{world.spoil(r, share, rng)} {story}" for r, story in pairs])
-    vocabulary = bpe.train(texts[0][:1000], 1024)
+    rng = generator(config.seed, "base")
+    pairs = [world.instruct(rng) for _ in range(config.base_texts)]
+    clean = [(request, " " + story) for request, story in pairs]
+    noisy = [("", f"{world.spoil(r, config.base_share, rng)} {story}") for r, story in pairs]
+    vocabulary = bpe.train([f"{r} {story}" for r, story in pairs[:1000]], 1024)
     torch.manual_seed(config.seed)
     model = gpt.GPT(gpt.GPTConfig(vocab_size=vocabulary.size, **SHAPE))
     made_of = (config.seed, config.base_texts, config.base_share, config.base_steps)
@@ -2062,12 +2064,13 @@ def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return Checkpoint(model, vocabulary)
-    for some, steps in zip(texts, (config.base_steps, max(1, config.base_steps // 3))):
-        x, y, _ = pack([("", text) for text in some], vocabulary, SHAPE["seq_len"])
+    for some, steps in ((clean, config.base_steps), (noisy, max(1, config.base_steps // 3))):
+        x, y, _ = pack(some, vocabulary, SHAPE["seq_len"])
         fine_tune(model, x, y, steps=steps, batch=8, learning_rate=6e-3, seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
+    print(f"base model, {gpt.parameter_count(model.config):,} parameters, kept in {path}")
     return Checkpoint(model, vocabulary)
 
 
@@ -2082,14 +2085,17 @@ def assess(model: Checkpoint, requests: list[str]) -> dict:
     }
 
 
-def report(name: str, result: dict) -> None:
-    hits, n = sum(result["followed"]), len(result["followed"])
+def report(name: str, result: dict) -> dict:
+    """Prints a line of the table; returns its figures."""
+    hits, n, texts = sum(result["followed"]), len(result["followed"]), result["texts"]
     low, high = interval(hits, n)
-    texts = result["texts"]
-    print(
-        f"{name:22}{hits / n:7.1%}  {low:5.1%} - {high:5.1%}{sum(result['sound']) / n:9.1%}"
-        f"{distinct_n(texts, 2):11.3f}{self_bleu(texts):11.3f}{vendi_score(texts):8.1f}"
-    )
+    line = {
+        "trained on": name, "followed": hits / n, "low": low, "high": high,
+        "sound": sum(result["sound"]) / n, "distinct-2": distinct_n(texts, 2),
+        "self-BLEU": self_bleu(texts), "Vendi": vendi_score(texts),
+    }  # fmt: skip
+    print("{:22}{:7.1%}  {:5.1%} - {:5.1%}{:9.1%}{:11.3f}{:11.3f}{:8.1f}".format(*line.values()))
+    return line
 
 
 def trained(base: Checkpoint, pairs: list[tuple[str, str]], config: Config) -> Checkpoint:
@@ -2166,8 +2172,8 @@ def experiment(config: Config) -> int:
             results[name] = assess(trained(base, stories_asked_for(some), config), tests)
 
     print(f"\n{'trained on':22}followed  95% interval    sound  distinct-2  self-BLEU   Vendi")
-    for name, result in results.items():
-        report(name, result)
+    lines = [report(name, result) for name, result in results.items()]
+    write_lines(folder / "results.jsonl", lines)
     return conclude(results, tests)
 
 
@@ -2215,12 +2221,10 @@ def asked(config: Config, seeds: list[dict]) -> list[tuple[int, str, int]]:
     if config.mode == "alpaca":
         calls = math.ceil(config.wanted / (PASS * (a.last_number - a.shots)))
         return [(calls, alpaca_prompt(seeds[: a.shots]), a.max_tokens)]
-    if config.mode == "evol":
-        long = EVOLVED_TOKENS
-        prompts = [(evolve_prompt("constraint", task), long), (answer_prompt(text), long),
-                   (equal_prompt(text, text), 4)]  # fmt: skip
-        return [(ROUNDS * len(seeds), *prompt) for prompt in prompts]
-    return []
+    long = EVOLVED_TOKENS  # what is left is evol
+    prompts = [(evolve_prompt("constraint", task), long), (answer_prompt(text), long),
+               (equal_prompt(text, text), 4)]  # fmt: skip
+    return [(ROUNDS * len(seeds), *prompt) for prompt in prompts]
 
 
 def plan(config: Config, prompts: list[tuple[int, str, int]]) -> None:
@@ -2248,7 +2252,8 @@ def back_end(config: Config) -> tuple[Callable | None, str]:
 def invent(config: Config) -> int:
     """New instruction data from seed tasks and a model: ledger, Alpaca file and chat file."""
     folder, seeds = Path(config.out), load_seeds(config.seeds)
-    plan(config, asked(config, seeds))
+    if config.mode != "augment":
+        plan(config, asked(config, seeds))
     if config.plan:
         return 0
     tests = read_rows(config.test) if config.test else []

@@ -1357,8 +1357,8 @@ def test_clean_leaves_out_test_texts_and_near_duplicates(tmp_path):
     ledger = si.Ledger(tmp_path / "l", {})
     maker = si.Maker(None, "none", 0, ledger)
     assert si.clean(maker, items, tests) == [items[0], items[2]]
-    assert [e["reason"].split(":")[0] for e in ledger.steps["clean"]] == [
-        "", "near duplicate", "", "in the test set"]  # fmt: skip
+    assert [(e["parents"], e["reason"].split(":")[0]) for e in ledger.steps["clean"]] == [
+        ([items[1]["id"]], "near duplicate"), ([items[3]["id"]], "in the test set")]  # fmt: skip
     assert si.clean(si.Maker(None, "none", 0, si.Ledger(tmp_path / "m", {})), items, [],
                     near=False) == items  # fmt: skip
 
