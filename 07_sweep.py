@@ -73,6 +73,7 @@ import collections
 import contextlib
 import difflib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -98,15 +99,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data import stories
+from data import batches, corpus, stories
 
 try:
     import fcntl
 except ImportError:  # not on Windows: there nothing keeps two studies out of one folder
     fcntl = None
 
+losses = importlib.import_module("01_loss")
+gpt = importlib.import_module("03_gpt")
+adamw = importlib.import_module("04_adamw")
+schedules = importlib.import_module("05_schedules")
 training = importlib.import_module("06_train")
+stability = importlib.import_module("08_stability")
 
 
 class SweepError(Exception):
@@ -1491,6 +1498,17 @@ def table(study: Study, top: int = 10) -> str:
     return "\n".join(lines + [f"trial {t.index} failed: {t.message}" for t in failed[:top]])
 
 
+def best_so_far(study: Study) -> list[tuple[int, float]]:
+    """(tokens of all trials, best value of all) after each report."""
+    spent, best, curve = {}, math.inf, []
+    for entry in study.store.read():
+        if "step" in entry:
+            spent[entry["trial"]] = entry["tokens"]
+            best = min(best, worse_if_nan(entry["value"]))
+            curve.append((sum(spent.values()), best))
+    return curve
+
+
 def share_of(param: Param, trial: Trial) -> float:
     """Where a trial's value lies between the ends of its parameter, 0 to 1; nan: it has none."""
     kind, value = param.kind, trial.params.get(param.name)
@@ -1554,14 +1572,8 @@ def plot(study: Study, folder: Path) -> list[Path]:
     axes.set(xlabel="share of the variance of ranks")
 
     pictures["best"], axes = plt.subplots()
-    whole = [t for t in study.trials if t.state == "done"]
-    axes.step(
-        np.cumsum([t.tokens for t in study.trials if t in whole] or [0]),
-        np.minimum.accumulate([worse_if_nan(t.value) for t in whole] or [math.nan]),
-        ".-",
-        where="post",
-    )
-    axes.set(xlabel="tokens of finished trials", ylabel="best value so far")
+    axes.step(*zip(*best_so_far(study)), ".-", where="post")
+    axes.set(xlabel="tokens of all trials", ylabel="best value so far")
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", bbox_inches="tight")
         plt.close(figure)
@@ -1735,8 +1747,8 @@ def report(study: Study) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    if not argv:
-        demo()
+    if argv in ([], ["transfer"]):
+        (transfer if argv else demo)()
         return 0
     cut = argv.index("--") if "--" in argv else len(argv)
     try:
@@ -1797,10 +1809,6 @@ def search(sampler: Random | Sobol | TPE, seed: int, trials: int = 60) -> float:
     return min(t.value for t in seen)
 
 
-TINY = """--preset stories --vocab-size 300 --seq-len 64 --batch-size 8 --schedule constant
---device cpu""".split()  # a step has 512 positions at most, about 480 of them targets
-
-
 def demo_search(seeds: int = 10, trials: int = 60) -> None:
     print(f"best of {trials} trials on a synthetic objective, median of {seeds} seeds")
     samplers = {
@@ -1816,36 +1824,136 @@ def demo_search(seeds: int = 10, trials: int = 60) -> None:
     assert found["TPE, jointly"] < 0.5 * found["random"], "TPE should halve random's best"
 
 
-def demo_training(folder: Path) -> None:
-    """Trains many tiny models a little and few of them long, against all of them long."""
+# The main run: ASHA and random search train 06's models for the same number of tokens
+
+TINY = """--preset stories --vocab-size 300 --seq-len 32 --batch-size 8 --schedule constant
+--device cpu""".split()  # a step has 256 positions at most, about 240 of them targets
+RACE = ["--tune", "learning_rate=1e-5:1.0:log", "--tune", "weight_decay=1e-3:1.0:log",
+        "--tune", "warmup_steps=0:5", "--sampler", "random", "--budget", "180",
+        "--min-budget", "20", "--eta", "3"]  # fmt: skip
+
+
+def race(folder: Path, seed: int, runs: int = 10) -> dict[str, Study]:
+    """Random search over so many whole runs, and ASHA until it has used as many tokens."""
     text = folder / "stories.txt"
     text.write_text("<|endoftext|>".join(story for story, _ in stories.corpus(1000, seed=0)))
     flags = [*TINY, "--data", str(text), "--cache", str(folder / "cache")]
-    tune = ["--tune", "learning_rate=3e-4:1e-1:log", "--tune", "weight_decay=1e-3:1.0:log",
-            "--tune", "warmup_steps=0:10", "--sampler", "random", "--budget", "90"]  # fmt: skip
-    studies = {}
-    for rule, limits in (("asha", Limits(trials=9)), ("none", Limits(trials=3))):
-        given = [*tune, "--rule", rule, "--min-budget", "10", "--out", str(folder / rule)]
-        studies[rule] = make_study(read_flags(given), flags).run(limits, show=False)
-    asha, full = studies["asha"], studies["none"]
-    print("\nASHA over 9 runs of 06_train.py: validation nats/token, rungs at 10, 30, 90 steps\n")
-    print(table(asha, top=9) + "\n\n" + parallel(asha))
-    print("\nthe first 3 of these 9 points, each trained to the end\n\n" + table(full))
-    tokens = [sum(t.tokens for t in s.trials) for s in (asha, full)]
-    ran = asha.best.params["learning_rate"]
-    print(
-        f"\nASHA: {asha.best.value:.4f} nats for {tokens[0]:,} tokens, at learning rate {ran:.2g}; "
-        f"full runs: {full.best.value:.4f} for {tokens[1]:,}"
+    studies, limits = {}, Limits(trials=runs)
+    for name, rule in (("random", "none"), ("ASHA", "asha")):
+        given = [*RACE, "--rule", rule, "--seed", str(seed), "--out", str(folder / name)]
+        studies[name] = make_study(read_flags(given), flags).run(limits, show=False)
+        limits = Limits(tokens=sum(t.tokens for t in studies[name].trials))
+    return studies
+
+
+def best_at(study: Study, tokens: float) -> float:
+    """The best value that a study had after so many tokens."""
+    return min((value for spent, value in best_so_far(study) if spent <= tokens), default=math.inf)
+
+
+def tokens_to_reach(study: Study, value: float) -> float:
+    """Tokens of all trials until the study had a value as good; infinity if it never had."""
+    return next((spent for spent, best in best_so_far(study) if best <= value), math.inf)
+
+
+def demo_race(folder: Path, seed: int = 0) -> None:
+    studies = race(folder, seed)
+    asha, whole = studies["ASHA"], studies["random"]
+    tokens = sum(t.tokens for t in whole.trials)
+    print(f"\nASHA over {len(asha.trials)} runs of 06_train.py, the best six, nats/token\n")
+    print(table(asha, top=6) + "\n\n" + parallel(asha))
+    print(f"\nthe best so far, beside random search over {len(whole.trials)} whole runs\n")
+    print("   tokens     ASHA   random")
+    for share in (0.25, 0.5, 0.75, 1.0):
+        found = (best_at(s, share * tokens) for s in (asha, whole))
+        print(f"{share * tokens:9,.0f}" + "".join(f"{value:9.4f}" for value in found))
+    needs = tokens_to_reach(asha, whole.best.value) / tokens
+    print(f"\nASHA had a model as good as random's best after {needs:.0%} of its tokens"
+          if needs <= 1 else "\nASHA did not find a model as good as random's best")  # fmt: skip
+
+
+# 11. Width transfer: a rate tuned on a narrow model, used on a wide one
+#
+# AdamW moves every weight by about its rate, whatever the gradient's size. What a matrix product
+# sums over `width` inputs therefore moves by rate * width in one step, and the best rate falls as
+# 1/width. If the hidden matrices (not embedding and gains) get rate * narrow/width instead, and
+# start with a spread of 1/sqrt(width) as 03_gpt.py's do, the best rate stays where it was: Yang et
+# al. 2022 (arXiv 2203.03466), of whose rules these are the two that matter here.
+
+WIDTHS = (32, 128)
+RATES = [2.0**-k for k in range(10, 4, -1)]
+
+
+def train_width(
+    data: corpus.Data, width: int, rate: float, hidden: float, seed: int, steps: int = 80
+) -> float:
+    """Validation nats/token of a two-layer GPT, its hidden matrices trained at rate * hidden."""
+    T, B = 32, 8
+    heads = width // 16
+    shape = {"n_layer": 2, "n_head": heads, "n_kv_head": heads, "d_model": width}
+    torch.manual_seed(seed)
+    model = gpt.GPT(gpt.GPTConfig(data.vocabulary.size, T, **shape, d_mlp=2 * width))
+    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    groups = [{"params": matrices, "share": hidden}, {"params": others, "share": 1.0}]
+    optimizer = adamw.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def loss(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        h = model.hidden(x)  # (B, T, C)
+        return losses.linear_cross_entropy(h, model.embedding.weight, y, reduction=reduction)
+
+    end = data.vocabulary.end
+    train, val = (
+        batches.Batches(ids, batches.story_rows(ids, end, T), B, T, seed, torch.device("cpu"))
+        for ids in (data.train, data.val)
     )
-    assert tokens[0] < tokens[1] and asha.best.value <= full.best.value, "ASHA should pay"
+    for step in range(steps):
+        x, y, _ = train.batch(step)  # (B, T), (B, T)
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        stability.clip_grad_norm_(list(model.named_parameters()), 1.0)
+        for group in optimizer.param_groups:
+            schedule = schedules.linear(step, steps, steps // 10, skip_zero=True)
+            group["lr"] = rate * group["share"] * schedule
+        optimizer.step()
+    with torch.no_grad():
+        parts = [val.take(np.arange(first, first + B)) for first in range(0, 128, B)]
+        nats = sum(loss(x, y, "sum").item() for x, y, _ in parts)
+    return nats / sum(count for _, _, count in parts)
+
+
+def transfer(seeds: int = 3) -> None:
+    """Prints the loss over the rate, narrow and wide, with one rate for all and with the rule."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        data = corpus.prepare("stories", Path(folder), vocab_size=300, story_count=1000)
+    narrow, wide = WIDTHS
+    rows = {
+        f"width {narrow}": (narrow, 1.0),
+        f"width {wide}, one rate for all": (wide, 1.0),
+        f"width {wide}, hidden at rate * {narrow}/{wide}": (wide, narrow / wide),
+    }
+    print(f"validation nats/token, mean of {seeds} seeds, by learning rate\n")
+    print(" " * 33 + "".join(f"{rate:9.5f}" for rate in RATES) + "     best", flush=True)
+    found = []
+    for name, (width, hidden) in rows.items():
+        runs = [[train_width(data, width, rate, hidden, seed) for rate in RATES]
+                for seed in range(seeds)]  # fmt: skip
+        found.append(np.mean(runs, axis=0))  # (rates,)
+        best = RATES[found[-1].argmin()]
+        print(f"{name:33}" + "".join(f"{x:9.3f}" for x in found[-1]) + f"{best:9.5f}", flush=True)
+    tuned = found[0].argmin()
+    plain, ruled = (row[tuned] - row.min() for row in found[1:])
+    print(f"\nthe best of width {narrow} costs width {wide} {plain:.3f} nats with one rate for "
+          f"all, {ruled:.3f} with the rule")  # fmt: skip
+    assert ruled < plain, "the rule should carry the rate over"
 
 
 def demo() -> None:
     torch.set_num_threads(1)  # the model is tiny: a second one would be waited for
     demo_search()
     with tempfile.TemporaryDirectory() as folder:
-        demo_training(Path(folder))
-    print("ok: TPE halves random's best; ASHA is not worse than full runs, for fewer tokens")
+        demo_race(Path(folder))
 
 
 if __name__ == "__main__":

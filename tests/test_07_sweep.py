@@ -994,25 +994,82 @@ def test_a_value_that_does_not_reach_the_run_is_an_error(tmp_path, train_flags, 
     assert s.states == {0: "failed"} and "which was chosen" in s.trials[0].message
 
 
-def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags):
-    """06's runs by the command line, on a cluster found by RAY_ADDRESS that says it has a GPU."""
+def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags, capsys):
+    """06's runs by the command line, here and on a cluster that RAY_ADDRESS names."""
     import ray
 
     argv = ["--tune", "learning_rate=1e-3:1e-1:log", "--sampler", "random", "--trials", "2",
-            "--budget", "2", "--workers", "2"]  # fmt: skip
-    cluster = ray.init("local", num_cpus=2, num_gpus=1, object_store_memory=10**8,
-                       include_dashboard=False)  # fmt: skip
-    tables = []
-    for executor in ("local", "ray"):
-        where = ["--executor", executor, "--out", str(tmp_path / executor), "--", *train_flags]
-        command = [sys.executable, sweep.__file__, *argv, *where]
-        env = {**os.environ, "RAY_ADDRESS": cluster["address"], "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        rows = done.stdout.split("\n\n")[1].splitlines()
-        tables.append([row.split()[:-1] for row in rows])  # all but the seconds
+            "--budget", "2"]  # fmt: skip
+    flags = ["--", *train_flags, "--warmup-steps", "1"]
+    assert sweep.main([*argv, "--out", str(tmp_path / "here"), *flags]) == 0
+    tables = [capsys.readouterr().out]
+    cluster = ray.init("local", num_cpus=2, object_store_memory=10**8, include_dashboard=False)
+    there = ["--executor", "ray", "--workers", "2", "--out", str(tmp_path / "there")]
+    env = {**os.environ, "RAY_ADDRESS": cluster.address_info["address"]}
+    command = [sys.executable, sweep.__file__, *argv, *there, *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     ray.shutdown()
-    assert len(tables[0]) == 3 and tables[0] == tables[1]
+    assert done.returncode == 0, done.stderr
+    tables.append(done.stdout)
+    rows = [text.split("\n\n")[1].splitlines() for text in tables]
+    mine, theirs = ([row.split()[:-1] for row in table] for table in rows)  # all but the seconds
+    assert mine == theirs and len(mine) == 3
+
+
+# width transfer
+
+
+def test_train_width_is_adamw_with_a_rate_for_each_group(tmp_path):
+    """Against torch's AdamW, loss and clipping, the rates by hand."""
+    data = sweep.corpus.prepare("stories", tmp_path, vocab_size=300, story_count=60)
+    ours = sweep.train_width(data, 32, 0.01, 0.25, seed=3, steps=10)
+    gpt, end = sweep.gpt, data.vocabulary.end
+    torch.manual_seed(3)
+    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "d_model": 32, "d_mlp": 64}
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=data.vocabulary.size, seq_len=32, **shape))
+    hidden = {"qkv.weight", "out.weight", "gate_up.weight", "down.weight"}
+    slow = [n for n, _ in model.named_parameters() if ".".join(n.split(".")[-2:]) in hidden]
+    assert len(slow) == 8
+    groups = [{"params": [p]} for p in model.parameters()]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def batch(ids, size=8):
+        rows = sweep.batches.story_rows(ids, end, 32)
+        return sweep.batches.Batches(ids, rows, size, 32, 3, torch.device("cpu"))
+
+    def loss(x, y):
+        cross_entropy = torch.nn.functional.cross_entropy
+        return cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
+
+    for step in range(10):
+        x, y, _ = batch(data.train).batch(step)
+        adamw.zero_grad()
+        loss(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for (name, _), group in zip(model.named_parameters(), adamw.param_groups):
+            falls = min(1.0, (10 - step) / 9)  # one step of warmup, at the full rate
+            group["lr"] = 0.01 * falls * (0.25 if name in slow else 1.0)
+        adamw.step()
+    x, y, _ = batch(data.val, 128).take(np.arange(128))
+    assert ours == pytest.approx(loss(x, y).item(), abs=1e-4)
+
+
+# the main run
+
+
+def test_best_so_far_is_the_least_value_of_all_trials_by_their_tokens(tmp_path):
+    s = run(tmp_path / "s", bowl_in_steps, rule=ASHA(9, 1, 3))
+    lines = [json.loads(x) for x in s.store.file.read_text().splitlines()]
+    lines = [e for e in lines if "step" in e]
+    curve = sweep.best_so_far(s)
+    for k in (0, 5, len(lines) - 1):
+        tokens = {e["trial"]: e["tokens"] for e in lines[: k + 1]}
+        assert curve[k] == (sum(tokens.values()), min(e["value"] for e in lines[: k + 1]))
+    spent, best = curve[len(curve) // 2]
+    assert sweep.best_at(s, spent) == best and sweep.best_at(s, 0) == math.inf
+    first = next(tokens for tokens, value in curve if value == best)
+    assert sweep.tokens_to_reach(s, best) == first
+    assert sweep.tokens_to_reach(s, -1.0) == math.inf
 
 
 def optuna_search(sampler, seed, trials=60):
