@@ -1580,19 +1580,24 @@ def plot(study: Study, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
+def ended(study: Study) -> list[Trial]:
+    return [t for t in study.trials if t.state in ("done", "pruned", "failed")]
+
+
 def to_mlflow(study: Study) -> None:
     """Copies every trial that has ended into mlflow.db in the study's folder, each one once.
 
     MLflow keeps infinity as the largest float64.
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would call home at import
     mlflow = needed("mlflow", "mlflow", "--track mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{study.folder.resolve()}/mlflow.db")
     found = client.get_experiment_by_name(study.folder.name)
     experiment = found.experiment_id if found else client.create_experiment(study.folder.name)
     there = {run.data.tags["trial"] for run in client.search_runs([experiment], max_results=10_000)}
     status = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
-    for trial in study.trials:
-        if trial.state not in status or str(trial.index) in there:
+    for trial in ended(study):
+        if str(trial.index) in there:
             continue
         tags = {"trial": str(trial.index), "state": trial.state, "message": trial.message}
         run = client.create_run(experiment, tags=tags, run_name=f"trial-{trial.index}").info.run_id
@@ -1607,16 +1612,16 @@ def to_mlflow(study: Study) -> None:
 def to_wandb(study: Study) -> None:
     """Writes every trial that has ended as an offline run; `wandb sync` uploads them later."""
     wandb = needed("wandb", "wandb", "--track wandb")
-    for trial in study.trials:
-        if trial.state in ("done", "pruned", "failed"):
-            run = wandb.init(
-                mode="offline", dir=study.folder, project="sweep", group=study.folder.name,
-                name=f"trial-{trial.index}", id=f"{study.folder.name}-{trial.index}",
-                tags=[trial.state], config={"seed": trial.seed, **trial.params},
-            )  # fmt: skip
-            for r in trial.reports:
-                run.log({"value": r.value, "tokens": r.tokens}, step=r.step)
-            run.finish()
+    for trial in ended(study):
+        run = wandb.init(
+            mode="offline", dir=study.folder, project="sweep", group=study.folder.name,
+            name=f"trial-{trial.index}", id=f"{study.folder.name}-{trial.index}",
+            tags=[trial.state], config={"seed": trial.seed, **trial.params},
+        )  # fmt: skip
+        for r in trial.reports:
+            run.log({"value": r.value, "tokens": r.tokens}, step=r.step)
+        run.finish()
+    wandb.teardown()  # waits for its second process: finish() comes back before the file is whole
 
 
 TRACKERS = {"mlflow": to_mlflow, "wandb": to_wandb}
