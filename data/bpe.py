@@ -434,7 +434,7 @@ def to_huggingface(vocabulary: Vocabulary, folder: str | Path) -> None:
             "eos_token": END_OF_TEXT,
             "pad_token": END_OF_TEXT,
             "padding_side": "left",  # or generation would go on from padding
-            "clean_up_tokenization_spaces": False,
+            "clean_up_tokenization_spaces": False,  # transformers 4 may take spaces out
             "model_input_names": ["input_ids", "attention_mask"],  # what a decoder takes
         },
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},

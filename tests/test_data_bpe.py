@@ -438,6 +438,14 @@ def test_from_huggingface_gives_back_any_trained_vocabulary(tmp_path_factory, st
     assert bpe.from_huggingface(folder) == vocabulary
 
 
+def test_from_huggingface_reads_merges_written_as_strings(vocabulary, tmp_path):
+    bpe.to_huggingface(vocabulary, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["model"]["merges"] = [" ".join(pair) for pair in stored["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    assert bpe.from_huggingface(tmp_path) == vocabulary
+
+
 def change(stored, *keys, to):
     for key in keys[:-1]:
         stored = stored[key]

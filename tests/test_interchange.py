@@ -133,6 +133,7 @@ def test_tokenizer_takes_more_special_tokens(tmp_path):
     expected = vocabulary.encoding().encode(text, allowed_special="all")
     assert tokenizer.encode(text, add_special_tokens=False) == expected
     assert tokenizer.decode(expected) == text and len(tokenizer) == vocabulary.size
+    assert tokenizer.decode(expected, skip_special_tokens=True) == "abab abab"
 
 
 def test_from_huggingface_reads_what_transformers_saved(vocabulary, tokenizer, tmp_path):
