@@ -1,11 +1,13 @@
 """Hyperparameter search: spaces, samplers, early stopping, and a store that loses nothing.
 
-    python 07_sweep.py                                        # a demonstration, under one minute
+    python 07_sweep.py                           # a demonstration: what ASHA saves
+    python 07_sweep.py transfer                  # another: a rate tuned on a narrower model
     python 07_sweep.py --tune learning_rate=1e-3:3e-2:log --tune weight_decay=0.0:0.3 \
         --sampler tpe --delay 4 --workers 4 --rule asha --budget 300 --trials 40 -- --model 0.5m
     python 07_sweep.py --command "python mine.py --lr {lr}" --tune lr=1e-4:1e-1:log
     python 07_sweep.py ... --resume        goes on;     ... --report        only shows
     python 07_sweep.py ... --plot DIR      pictures;    ... --track mlflow  or wandb, offline
+    python 07_sweep.py ... --workers 8 --executor ray   on the Ray cluster at RAY_ADDRESS
 
 A trial is one choice of values and what came of it. Three questions are asked again and again:
 
@@ -940,6 +942,8 @@ class Here:
         try:
             report = next(self.reports, None)
             return report and tuple(report)
+        except training.Stopped as stopped:  # a signal, which 06 catches: no fault of the trial
+            raise KeyboardInterrupt from stopped
         except Exception as error:
             (self.folder / "error.txt").write_text(traceback.format_exc())
             return f"{type(error).__name__}: {error}".replace("\n", " ")
@@ -1020,10 +1024,10 @@ class OnRay:
         self.actor = actor.remote(objective)
 
     @staticmethod
-    def connect(address: str | None, workers: int):
-        """Finds the cluster: at the address, at RAY_ADDRESS, or makes one of this machine."""
+    def connect(workers: int):
+        """Finds the cluster at RAY_ADDRESS, as Ray's commands do, or makes one of this machine."""
         ray = needed("ray", "ray", "--executor ray")
-        address = address or os.environ.get("RAY_ADDRESS", "local")
+        address = os.environ.get("RAY_ADDRESS", "local")
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
         settings: dict = {"runtime_env": {"env_vars": paths}, "log_to_driver": False}
         settings["logging_level"] = logging.ERROR
@@ -1033,7 +1037,7 @@ class OnRay:
         try:
             ray.init(address, **settings)
         except (ConnectionError, ValueError) as error:
-            raise SweepError(f"--address {address}: {error}") from error
+            raise SweepError(f"RAY_ADDRESS={address}: {error}") from error
         return ray
 
     def send(self, message: tuple | bool) -> None:
@@ -1093,11 +1097,9 @@ class Workers:
 
 
 @contextlib.contextmanager
-def employed(
-    objective: Objective, count: int, executor: str, address: str | None
-) -> Iterator[Workers]:
+def employed(objective: Objective, count: int, executor: str) -> Iterator[Workers]:
     """So many workers: for "local" here or, from two on, in processes; for "ray" on a cluster."""
-    ray = OnRay.connect(address, count) if executor == "ray" else None
+    ray = OnRay.connect(count) if executor == "ray" else None
     if ray:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / count)
         pool = Workers(lambda: OnRay(objective, gpus), count)
@@ -1269,12 +1271,7 @@ class Study:
         return self.ask() if len(self.trials) < total else None
 
     def run(
-        self,
-        limits: Limits,
-        workers: int = 1,
-        show: bool = True,
-        executor: str = "local",
-        address: str | None = None,
+        self, limits: Limits, workers: int = 1, show: bool = True, executor: str = "local"
     ) -> Study:
         """Goes on until a limit is reached or nothing is left to do. Ctrl-C loses nothing."""
         check(workers >= 1, "workers", workers, "at least 1")
@@ -1289,7 +1286,7 @@ class Study:
             if not self.store.read():
                 self.store.append(study=self.identity())
             self.store.append(session=surroundings())
-            with employed(self.objective, workers, executor, address) as pool:
+            with employed(self.objective, workers, executor) as pool:
                 self._loop(pool, show)
         return self
 
@@ -1679,8 +1676,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="runs of each trial, to take the mean of")
     add("--seed", type=int, default=0, help="of the study")
     add("--workers", type=int, default=1, help="trials at once; 1: in this process")
-    add("--executor", choices=("local", "ray"), default="local", help="where they run")
-    add("--address", help="of the Ray cluster; else RAY_ADDRESS, else one made here")
+    add("--executor", choices=("local", "ray"), default="local", help="where they run: on this "
+        "machine, or on the Ray cluster at RAY_ADDRESS (without: one made here)")  # fmt: skip
     add("--trials", type=int, help="end after so many, 20 where no other end is given")
     add("--tokens", type=float, help="end when so many are trained on")
     add("--seconds", type=float, help="end after this time")
@@ -1763,12 +1760,7 @@ def main(argv: list[str]) -> int:
             raise SweepError(f"--out {study.folder} holds this study: add --resume to go on")
         if not settings.report:
             limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
-            study.run(
-                limits,
-                settings.workers,
-                executor=settings.executor,
-                address=settings.address,
-            )
+            study.run(limits, settings.workers, executor=settings.executor)
         report(study)
         if settings.track:
             TRACKERS[settings.track](study)

@@ -1,7 +1,8 @@
 """Tests of 07_sweep.py: against optuna, ray and torch, by closed form, by brute force, by killing.
 
 Run: python -m pytest tests/test_07_sweep.py
-The yardstick against optuna and 200 kills, into results/sweep.json: python tests/test_07_sweep.py
+The yardstick against optuna, 200 kills and the main run of five seeds, or only the parts that are
+named, into results/sweep.json: python tests/test_07_sweep.py [PART ...]
 """
 
 import ast
@@ -994,6 +995,19 @@ def test_a_value_that_does_not_reach_the_run_is_an_error(tmp_path, train_flags, 
     assert s.states == {0: "failed"} and "which was chosen" in s.trials[0].message
 
 
+def test_a_signal_while_06_trains_stops_the_study_and_fails_no_trial(
+    tmp_path, train_flags, monkeypatch
+):
+    s = train_study(tmp_path / "s", train_flags, "--budget", "2")
+    real = sweep.training.add_metrics
+    with monkeypatch.context() as patch:  # Ctrl-C when the first step has been logged
+        patch.setattr(sweep.training, "add_metrics", lambda *a, **k: os.kill(os.getpid(), 2))
+        with pytest.raises(KeyboardInterrupt):
+            s.run(Limits(trials=1), show=False)
+    assert s.states == {0: "running"} and sweep.training.add_metrics is real
+    assert s.run(Limits(trials=1), show=False).states == {0: "done"}
+
+
 def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags, capsys):
     """06's runs by the command line, here and on a cluster that RAY_ADDRESS names."""
     import ray
@@ -1117,16 +1131,44 @@ def kill_many(kills=200):
             return {"kills": kills, "trials_lost": 0, "trials_repeated": 0, "other_results": 0}
 
 
+def races(seeds=range(5)):
+    """07_sweep.py's main run for several seeds: what ASHA and random search found."""
+    found = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            studies = sweep.race(Path(folder), seed)
+            asha, whole = studies["ASHA"], studies["random"]
+            tokens = sum(t.tokens for t in whole.trials)
+            found.append({
+                "seed": seed,
+                "tokens": tokens,
+                "random": whole.best.value,
+                "asha": sweep.best_at(asha, tokens),
+                "asha_with_half_of_the_tokens": sweep.best_at(asha, tokens / 2),
+                "asha_as_good_as_random_after": sweep.tokens_to_reach(asha, whole.best.value)
+                / tokens,
+            })  # fmt: skip
+    return found
+
+
+PARTS = {
+    "best_of_60_trials_median_of_30_seeds": lambda: yardstick(30),
+    "best_of_60_trials_median_of_150_seeds": lambda: yardstick(150),
+    "sigkill": kill_many,
+    "races": races,
+}
+
+
 if __name__ == "__main__":
     sweep.surroundings = lambda: {"time": time.time()}
     torch.set_num_threads(1)
-    measured = {
-        "command": "python tests/test_07_sweep.py",
-        "machine": "2 cores of an AMD EPYC (Zen 3)",
-        "best_of_60_trials_median_of_30_seeds": yardstick(30),
-        "best_of_60_trials_median_of_150_seeds": yardstick(150),
-        "sigkill": kill_many(),
-    }
-    print(json.dumps(measured, indent=2))
     results = Path(sweep.__file__).resolve().parent / "results" / "sweep.json"
-    results.write_text(json.dumps(measured, indent=2) + "\n")
+    for part in sys.argv[1:] or PARTS:
+        measured = json.loads(results.read_text()) if results.exists() else {}
+        measured |= {
+            "command": "python tests/test_07_sweep.py [PART]",
+            "machine": "2 cores of an AMD EPYC (Zen 3)",
+            part: PARTS[part](),
+        }
+        print(json.dumps(measured[part], indent=2))
+        results.write_text(json.dumps(measured, indent=2) + "\n")
