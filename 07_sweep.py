@@ -75,7 +75,6 @@ import collections
 import contextlib
 import difflib
 import importlib
-import io
 import itertools
 import json
 import logging
@@ -1129,6 +1128,10 @@ class Limits:
     dollars: float | None = None  # at `price` for an hour of one worker
     price: float = 0.0
 
+    @property
+    def endless(self) -> bool:
+        return (self.trials, self.tokens, self.seconds, self.dollars) == (None,) * 4
+
 
 def describe(thing) -> object:
     """Any part of a study in terms of JSON; a function by its name."""
@@ -1275,9 +1278,8 @@ class Study:
     ) -> Study:
         """Goes on until a limit is reached or nothing is left to do. Ctrl-C loses nothing."""
         check(workers >= 1, "workers", workers, "at least 1")
-        ends = (limits.trials, limits.tokens, limits.seconds, limits.dollars)
-        endless = ends == (None,) * 4 and not isinstance(self.sampler, Grid)
-        check(not endless, "limits", limits, "at least one")
+        ends = not limits.endless or isinstance(self.sampler, Grid)
+        check(ends, "limits", limits, "at least one")
         delay = getattr(self.sampler, "delay", workers)
         check(workers <= delay, "workers", workers, f"at most TPE's delay={delay}")
         self.limits, self.began = limits, time.time()
@@ -1686,9 +1688,6 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--track", choices=TRACKERS, help="at the end, copy the trials to this tracker")
     add("--plot", type=Path, metavar="DIR", help="save pictures there (needs matplotlib)")
     settings = parser.parse_args(argv)
-    ends = (settings.trials, settings.tokens, settings.seconds, settings.dollars)
-    if ends == (None,) * 4 and settings.sampler != "grid":
-        settings.trials = 20
     check(settings.dollars is None or settings.price > 0, "--price", settings.price,
           "above 0 where --dollars is given")  # fmt: skip
     return settings
@@ -1760,6 +1759,8 @@ def main(argv: list[str]) -> int:
             raise SweepError(f"--out {study.folder} holds this study: add --resume to go on")
         if not settings.report:
             limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
+            if limits.endless and settings.sampler != "grid":
+                limits = Limits(trials=20)
             study.run(limits, settings.workers, executor=settings.executor)
         report(study)
         if settings.track:
@@ -1922,23 +1923,24 @@ def train_width(
 def transfer(seeds: int = 3) -> None:
     """Prints the loss over the rate, narrow and wide, with one rate for all and with the rule."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        data = corpus.prepare("stories", Path(folder), vocab_size=300, story_count=1000)
     narrow, wide = WIDTHS
     rows = {
         f"width {narrow}": (narrow, 1.0),
         f"width {wide}, one rate for all": (wide, 1.0),
         f"width {wide}, hidden at rate * {narrow}/{wide}": (wide, narrow / wide),
     }
-    print(f"validation nats/token, mean of {seeds} seeds, by learning rate\n")
-    print(" " * 33 + "".join(f"{rate:9.5f}" for rate in RATES) + "     best", flush=True)
     found = []
-    for name, (width, hidden) in rows.items():
-        runs = [[train_width(data, width, rate, hidden, seed) for rate in RATES]
-                for seed in range(seeds)]  # fmt: skip
-        found.append(np.mean(runs, axis=0))  # (rates,)
-        best = RATES[found[-1].argmin()]
-        print(f"{name:33}" + "".join(f"{x:9.3f}" for x in found[-1]) + f"{best:9.5f}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data = corpus.prepare("stories", Path(folder), vocab_size=300, story_count=1000)
+        print(f"validation nats/token, mean of {seeds} seeds, by learning rate\n")
+        print(" " * 33 + "".join(f"{rate:9.5f}" for rate in RATES) + "     best", flush=True)
+        for name, (width, hidden) in rows.items():
+            runs = [[train_width(data, width, rate, hidden, seed) for rate in RATES]
+                    for seed in range(seeds)]  # fmt: skip
+            means = np.mean(runs, axis=0)  # (rates,)
+            found.append(means)
+            line = "".join(f"{x:9.3f}" for x in means) + f"{RATES[means.argmin()]:9.5f}"
+            print(f"{name:33}" + line, flush=True)
     tuned = found[0].argmin()
     plain, ruled = (row[tuned] - row.min() for row in found[1:])
     print(f"\nthe best of width {narrow} costs width {wide} {plain:.3f} nats with one rate for "
