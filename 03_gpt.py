@@ -172,8 +172,8 @@ class Normalise(torch.autograd.Function):
         x, gain, rstd = ctx.saved_tensors
         x_hat = x * rstd  # (..., C)
         product = dy * x_hat
-        d_gain = product.reshape(-1, len(gain)).sum(0)  # (C,)
-        mean = (product @ gain.to(product.dtype) / len(gain)).unsqueeze(-1)  # (..., 1)
+        d_gain = product.reshape(-1, *gain.shape).sum(0)
+        mean = product.mul_(gain).mean(-1, keepdim=True)  # (..., 1) of slope * x_hat
         dx = (dy * gain).addcmul_(x_hat, mean, value=-1).mul_(rstd)
         return dx.to(x.dtype), d_gain.to(gain.dtype), None
 
@@ -181,14 +181,15 @@ class Normalise(torch.autograd.Function):
 def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") -> Tensor:
     """x over its root mean square along the last axis, times gain. No second derivative.
 
-    Args: x (..., C), gain (C,). Half-precision input is normalised in float32 and cast back.
+    Args: x (..., C); gain (C,), or (H, C) for x (..., H, C). Half-precision input is normalised in
+        float32 and cast back.
     """
     if use_triton(implementation, x):
         return fused_rmsnorm(x, gain, eps, implementation="triton")
     if torch.is_grad_enabled():
         return Normalise.apply(x, gain, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)  # the same numbers in one call of torch
-    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (F.rms_norm(wide, wide.shape[-1:], eps=eps) * gain).to(x.dtype)  # the same numbers
 
 
 def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -257,15 +258,17 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor):
         shape = (config.n_layer, 2, batch, capacity, config.n_kv_head, config.head_dim)
-        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.layers = [layer.unbind() for layer in store]  # keys, values: (B, capacity, G, D) each
         self.length = 0  # positions filled in every layer
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, G, D) behind what the layer holds; returns all of it, (B, S, G, D)."""
+        keys, values = self.layers[layer]
         end = self.length + k.shape[1]
-        self.store[layer, 0, :, self.length : end] = k
-        self.store[layer, 1, :, self.length : end] = v
-        return self.store[layer, 0, :, :end], self.store[layer, 1, :, :end]
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        return keys[:, :end], values[:, :end]
 
 
 class Attention(nn.Module):
@@ -297,8 +300,12 @@ class Attention(nn.Module):
                 gains = {"q_gain": self.q_norm.weight, "k_gain": self.k_norm.weight}
             options = {"eps": self.config.norm_eps, "implementation": "triton"}
             return fused_rope(qkv, cos.float(), sin.float(), H, G, **gains, **options)
-        q, k, v = qkv.split((H, G, G), dim=2)
-        return rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin), v
+        qk, v = qkv.split((H + G, G), dim=2)
+        if self.config.qk_norm:  # one norm and one rotation for queries and keys together
+            gains = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
+            qk = rms_norm(qk, torch.cat(gains), self.config.norm_eps, "torch")  # (B, T, H + G, D)
+        q, k = rope(qk, cos, sin).split((H, G), dim=2)
+        return q, k, v
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -393,16 +400,28 @@ def next_token_probabilities(
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     p = torch.softmax(logits / temperature, dim=-1)
-    p, token = p.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        p[..., top_k:] = 0
-    if top_p is not None:
-        mass_before = p.cumsum(-1) - p  # (..., V) mass of the tokens more likely than this one
-        p = p.masked_fill(mass_before >= top_p * p.sum(-1, keepdim=True), 0)
+    if top_k is not None or top_p is not None:  # sorting takes longer than all the rest
+        p, token = p.sort(dim=-1, descending=True, stable=True)
+        if top_k is not None:
+            p[..., top_k:] = 0
+        if top_p is not None:
+            mass_before = p.cumsum(-1) - p  # (..., V) mass of the tokens more likely than this one
+            p = p.masked_fill(mass_before >= top_p * p.sum(-1, keepdim=True), 0)
+        p = torch.zeros_like(p).scatter_(-1, token, p)  # back into vocabulary order
     if min_p is not None:
-        p = p.masked_fill(p < min_p * p[..., :1], 0)
-    p = p / p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(-1, token, p)  # back into vocabulary order
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token of each row, as likely as p (B, V) says: (B, 1) int64.
+
+    By the first place where the mass so far reaches a uniform number: one random number a row,
+    where torch.multinomial takes V. The number is above 0, so a token of mass 0 is never drawn.
+    """
+    mass = p.cumsum(-1)  # (B, V)
+    uniform = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
+    return torch.searchsorted(mass, uniform * mass[:, -1:])
 
 
 class GPT(nn.Module):
@@ -482,12 +501,12 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             logits = F.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)  # (B, V)
             p = next_token_probabilities(logits, temperature, top_k, top_p, min_p)
-            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+            new = draw(p, generator)  # (B, 1)
             if stop is not None:
                 new = new.masked_fill(ended, stop)
                 ended |= new == stop
             ids = torch.cat((ids, new), dim=1)
-            if ended.all():
+            if stop is not None and ended.all():
                 break
         return ids
 

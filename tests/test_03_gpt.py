@@ -132,6 +132,125 @@ def test_rms_norm_of_bfloat16_is_the_rounded_float32_result():
     assert torch.equal(ours, wanted.bfloat16())
 
 
+def randn64(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape, gain", [((1,), (1,)), ((7, 5), (5,)), ((2, 3, 4, 6), (4, 6))])
+def test_rms_norm_gradient_matches_its_finite_differences(shape, gain):
+    x, gain = randn64(*shape), randn64(*gain)
+    assert torch.autograd.gradcheck(lambda x, gain: gpt.rms_norm(x, gain, 1e-3), (x, gain))
+    flipped = x.detach().mT.clone().mT.requires_grad_() if x.ndim > 1 else x
+    assert torch.autograd.gradcheck(lambda x, gain: gpt.rms_norm(x, gain, 1e-3), (flipped, gain))
+    piece = randn64(*shape[:-1], 2 * shape[-1])
+    assert torch.autograd.gradcheck(
+        lambda x, gain: gpt.rms_norm(x[..., : shape[-1]], gain, 1e-3), (piece, gain)
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 6), (2, 3, 10)])
+def test_gated_product_gradient_matches_its_finite_differences(shape):
+    gate_up, weight = randn64(*shape), randn64(3, shape[-1] // 2)
+    assert torch.autograd.gradcheck(gpt.GatedProduct.apply, (gate_up, weight))
+    flipped = gate_up.detach().mT.clone().mT.requires_grad_()
+    assert torch.autograd.gradcheck(gpt.GatedProduct.apply, (flipped, weight.mT.clone().mT))
+
+
+def test_a_second_derivative_is_refused():
+    x, gain = randn64(3, 4), randn64(4)
+    for y in (gpt.rms_norm(x, gain, 1e-6), gpt.GatedProduct.apply(x, randn64(3, 2))):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+def plain_block(x, block, config, cos, sin):
+    """A layer in torch's own functions, from the equations alone; autograd does the rest."""
+    B, T, C = x.shape
+    H, G, D = config.n_head, config.n_kv_head, config.head_dim
+    n = F.rms_norm(x, (C,), block.attention_norm.weight, config.norm_eps)
+    q, k, v = (n @ block.attention.qkv.weight.T).view(B, T, -1, D).split((H, G, G), dim=2)
+    if config.qk_norm:
+        q = F.rms_norm(q, (D,), block.attention.q_norm.weight, config.norm_eps)
+        k = F.rms_norm(k, (D,), block.attention.k_norm.weight, config.norm_eps)
+    y = gpt.attention(gpt.rope(q, cos, sin), gpt.rope(k, cos, sin), v, "reference")
+    x = x + y.flatten(2) @ block.attention.out.weight.T
+    n = F.rms_norm(x, (C,), block.mlp_norm.weight, config.norm_eps)
+    gate, up = (n @ block.mlp.gate_up.weight.T).chunk(2, dim=-1)
+    return x + (F.silu(gate) * up) @ block.mlp.down.weight.T
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("bound", [1e-10, 0.06], ids=["float64", "bfloat16 autocast"])
+def test_gradients_match_autograd_of_the_plain_equations(bound, qk_norm):
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
+    model, ids = scrambled(config).double(), random_ids(config, 3, 19)
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = plain_block(x, block, config, model.cos[:19], model.sin[:19])
+    wanted = F.rms_norm(x, (64,), model.norm.weight, config.norm_eps)
+    upstream = torch.randn_like(wanted)
+    parameters = tuple(model.parameters())
+    wanted_gradients = torch.autograd.grad(wanted, parameters, upstream)
+    if bound > 1e-3:
+        model, upstream = model.float(), upstream.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bound > 1e-3):
+        ours = model.hidden(ids)
+    gradients = torch.autograd.grad(ours, tuple(model.parameters()), upstream)
+    for p, a, b in zip(model.parameters(), gradients, wanted_gradients):
+        assert a.dtype == p.dtype
+        # bfloat16 has 8 bits: 0.4% a rounding, over a hundred roundings one after another
+        assert torch.dist(a.double(), b) < bound * b.norm()
+
+
+def test_compiled_model_has_the_same_gradients():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 2, 17)
+    gradients = []
+    for f in (model, torch.compile(model, fullgraph=True)):
+        loss = f(ids).logsumexp(-1).sum()
+        gradients.append(torch.autograd.grad(loss, tuple(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_gradients_the_numbers_are_the_same(dtype):
+    model = scrambled(SMALL).to(dtype)
+    x = torch.randn(2, 5, 64).to(dtype)
+    pieces = (lambda: gpt.rms_norm(x, model.norm.weight, 1e-6), lambda: model.blocks[0].mlp(x))
+    for piece in pieces:
+        with torch.no_grad():
+            first, second = piece(), piece()
+        assert torch.equal(first, second) and torch.equal(first, piece())
+
+
+def bytes_kept(function, *args):
+    """Bytes of the distinct tensors that autograd keeps for backward while function runs."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x  # held, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function(*args)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def test_backward_keeps_what_the_formula_says():
+    """Per layer and token: x, n(x) twice each, q k v, rotated q k, mixed v, gate and up."""
+    by_layers = {}
+    for n_layer in (1, 3):
+        config = dataclasses.replace(SMALL, n_layer=n_layer, qk_norm=True)
+        model, ids = scrambled(config), random_ids(config, 2, 40)
+        weights = sum(p.numel() for b in model.blocks for p in b.parameters() if p.ndim == 2) * 4
+        by_layers[n_layer] = bytes_kept(model.hidden, ids) - weights
+    C, M, H, G, D = 64, 96, 4, 2, 16
+    floats = 7 * C + 3 * G * D + 2 * M + (2 * H + G) + 2
+    measured = (by_layers[3] - by_layers[1]) / 2 / (2 * 40 * 4)
+    assert measured == pytest.approx(floats, rel=0.03)  # and the gains, once for all tokens
+
+
 def attention_by_loops(q, k, v):
     """Softmax attention in float64, one query at a time, straight from the definition."""
     B, T, H, D = q.shape
@@ -474,6 +593,21 @@ def test_filters_follow_one_another():
 def test_sampling_names_wrong_values(name, value):
     with pytest.raises(ValueError, match=name):
         gpt.next_token_probabilities(torch.zeros(3), **{name: value})
+
+
+def test_draw_takes_each_token_as_often_as_it_is_likely_and_none_of_mass_zero():
+    p = torch.tensor([0.0, 0.125, 0.0, 0.5, 0.375, 0.0])
+    drawn = gpt.draw(p.expand(40_000, -1), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn[:, 0], minlength=6) / 40_000
+    assert (counts - p).abs().max() < 5 * math.sqrt(0.25 / 40_000)  # five standard errors
+    assert not counts[p == 0].any()
+
+
+def test_draw_at_the_ends_of_the_uniform_number(monkeypatch):
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    for random, token in ((0.0, 3), (0.75, 1), (1 - 2**-24, 1)):  # torch.rand is in [0, 1)
+        monkeypatch.setattr(torch, "rand", lambda *_, r=random, **__: torch.tensor([[r]]))
+        assert gpt.draw(p).tolist() == [[token]]
 
 
 def test_sampling_follows_the_probabilities():
