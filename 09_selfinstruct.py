@@ -546,6 +546,10 @@ class NoveltyGate:
     A common subsequence is at most as long as the multiset of common words is large. An index from
     (word, how manieth) to texts counts those for the whole pool at once, and only texts whose
     bound is above what is sought are compared.
+
+    On 427 texts of 16 words, 90,951 pairs, one core: rouge_score 14.8 s; rouge_l 1.76 s, 8 times
+    as fast, since it splits both texts each time; the gate 0.158 s with above=0.7, 94 times, and
+    0.195 s for the ten nearest, 76 times; all with the same scores.
     """
 
     def __init__(self, texts: Iterable[str] = ()):
@@ -2012,7 +2016,7 @@ class Config:
     dollars_per_million_in: float = 0.0
     dollars_per_million_out: float = 0.0
     base_texts: int = 6000  # of the experiment: stories that the base model learns from
-    base_steps: int = 900  # of 8 rows, under the right request; then a third as many
+    base_steps: int = 1200  # of 8 rows, under the right request; then a third as many
     base_share: float = 0.4  # under requests whose words are each right with this probability
     rounds: int = 2
     requests: int = 200  # new ones a round
@@ -2066,7 +2070,7 @@ def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
         return Checkpoint(model, vocabulary)
     for some, steps in ((clean, config.base_steps), (noisy, max(1, config.base_steps // 3))):
         x, y, _ = pack(some, vocabulary, SHAPE["seq_len"])
-        fine_tune(model, x, y, steps=steps, batch=8, learning_rate=6e-3, seed=config.seed)
+        fine_tune(model, x, y, steps=steps, batch=8, learning_rate=3e-3, seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)

@@ -443,21 +443,30 @@ def test_rouge_l_equals_rouge_score_on_any_ascii(a, b):
     assert si.rouge_l(a, b) == scorer.score(a, b)["rougeL"].fmeasure
 
 
-def test_rouge_l_equals_rouge_score_on_texts_and_is_20_times_as_fast():
+def test_gate_is_20_times_as_fast_as_rouge_score_with_its_scores():
+    """The gate's task: each text against all before it, the best score above 0.7 or the best 10."""
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    texts = [text for text in TEXTS if text.isascii() and len(si.words(text)) > 4][:60]
-    pairs = list(itertools.combinations(texts, 2))
+    texts = [" ".join(story.split()[:16]) for story, _ in stories.corpus(90, seed=5)]
+    texts += [text + " again" for text in texts[:10]]
     start = time.process_time()
-    wanted = [scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs]
+    wanted = [[scorer.score(a, b)["rougeL"].fmeasure for a in texts[:i]]
+              for i, b in enumerate(texts)]  # fmt: skip
     theirs = time.process_time() - start
-    assert [si.rouge_l(a, b) for a, b in pairs] == wanted
-    split = [si.words(text) for text in texts]  # once for each text, as the gate has it
-    start, scores = time.process_time(), []
-    for i, a in enumerate(split):
-        found = si.places(a)
-        scores += [si.f1(si.common(found, len(a), b), len(a), len(b)) for b in split[i + 1 :]]
-    ours = time.process_time() - start
-    assert scores == wanted and theirs > 20 * ours
+    for count, above in ((1, 0.7), (10, 0.0)):
+        gate, found = si.NoveltyGate(), []
+        start = time.process_time()
+        for text in texts:
+            found.append(gate.nearest(text, count, above))
+            gate.add(text)
+        ours = time.process_time() - start
+        for near, scores in zip(found, wanted):
+            best = sorted(((-x, i) for i, x in enumerate(scores) if x > above))[:count]
+            assert near == [(-x, i) for x, i in best]
+        assert theirs > 20 * ours
+    assert any(found)
+    pairs = list(itertools.combinations(texts[:40], 2))
+    assert [si.rouge_l(a, b) for a, b in pairs] == [
+        wanted[texts.index(b)][texts.index(a)] for a, b in pairs]  # fmt: skip
 
 
 def test_words_of_other_scripts():
@@ -1401,6 +1410,29 @@ def test_small_world_is_part_of_the_grammar():
     assert len(drawn) == 40 and all(world.fault(r) is None for r in drawn)
 
 
+def test_small_world_keeps_what_the_test_asks_for_out_of_all_else():
+    world, rng = si.SmallWorld(), random.Random(1)
+
+    def combination(request):
+        return frozenset(si.read_request(request)[0])
+
+    tests = {combination(world.instruct(rng, test=True)[0]) for _ in range(150)}
+    requests = [world.instruct(rng)[0] for _ in range(150)]
+    others = {combination(r) for r in requests}
+    assert not tests & others and len(tests) > 20 and len(others) > 80
+    spoiled = [world.spoil(r, 0.0, rng) for r in requests]
+    assert not tests & {combination(r) for r in spoiled}
+    assert all(world.spoil(r, 1.0, rng) == r for r in requests)
+    for old, new in zip(requests, spoiled):  # the kinds and the features stay
+        assert world.row(old) == world.row(new)
+    same = sum(a == b for old, new in zip(requests, spoiled)
+               for a, b in zip(si.read_request(old)[0], si.read_request(new)[0]))  # fmt: skip
+    n, p = 3 * len(requests), 1 / si.WORDS
+    assert abs(same - n * p) < 4 * math.sqrt(n * p * (1 - p)) + 0.05 * n  # held-out ones redrawn
+    request = next(iter(world.instruct(rng, test=True)))
+    assert world.fault(request) == "held out for the test"
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -1471,11 +1503,17 @@ def test_bad_input_is_one_line(argv, says, tmp_path, capsys, monkeypatch):
     assert says in error and error.count("\n") == 1
 
 
-def test_experiment_without_a_single_good_story_says_so(tmp_path, capsys):
+def test_experiment_without_a_single_good_story_says_so(tmp_path, capsys, monkeypatch):
     argv = ["--out", str(tmp_path), "--base-texts", "200", "--base-steps", "2", "--requests", "6",
             "--samples", "1", "--held-out", "4", "--rounds", "1"]  # fmt: skip
     assert si.main(argv) == 2
     assert "no rows to train on" in capsys.readouterr().err
     ledger = (tmp_path / "ledger.jsonl").read_bytes()
+
+    def nothing_to_train(model, x, y, **options):
+        assert not len(x)
+        raise ValueError("no rows to train on")
+
+    monkeypatch.setattr(si, "fine_tune", nothing_to_train)
     assert si.main(argv) == 2  # goes on from the base model and the ledger
     assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
