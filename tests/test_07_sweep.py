@@ -1122,6 +1122,18 @@ def yardstick(seeds=30):
     return {name: statistics.median(values) for name, values in runs.items()}
 
 
+def tpe_against_optuna(seeds=range(1000, 1120)):
+    """Whether joint TPE and optuna's are the same: their best values, by rank (Mann & Whitney)."""
+    from scipy.stats import mannwhitneyu
+
+    ours = [sweep.search(TPE(), seed) for seed in seeds]
+    theirs = [optuna_search(lambda s: optuna.samplers.TPESampler(seed=s), seed) for seed in seeds]
+    quartiles = [np.quantile(values, (0.25, 0.5, 0.75)).tolist() for values in (ours, theirs)]
+    p = float(mannwhitneyu(ours, theirs).pvalue)
+    both = dict(zip(("quartiles", "optuna_quartiles"), quartiles))
+    return {"seeds": len(seeds), **both, "p": p}
+
+
 def kill_many(kills=200):
     rules, done = itertools.cycle([Full(9), ASHA(9, 1, 3), Hyperband(9, 3)]), 0
     for rule in rules:
@@ -1140,21 +1152,19 @@ def races(seeds=range(5)):
             studies = sweep.race(Path(folder), seed)
             asha, whole = studies["ASHA"], studies["random"]
             tokens = sum(t.tokens for t in whole.trials)
-            found.append({
-                "seed": seed,
-                "tokens": tokens,
-                "random": whole.best.value,
-                "asha": sweep.best_at(asha, tokens),
-                "asha_with_half_of_the_tokens": sweep.best_at(asha, tokens / 2),
-                "asha_as_good_as_random_after": sweep.tokens_to_reach(asha, whole.best.value)
-                / tokens,
-            })  # fmt: skip
+            half = sweep.best_at(asha, tokens / 2)
+            after = sweep.tokens_to_reach(asha, whole.best.value) / tokens
+            values = {"random": whole.best.value, "asha": sweep.best_at(asha, tokens),
+                      "asha_with_half": half, "as_good_after_share": after}  # fmt: skip
+            values = {name: round(value, 4) for name, value in values.items()}
+            found.append({"seed": seed, "tokens": tokens, **values})
     return found
 
 
 PARTS = {
     "best_of_60_trials_median_of_30_seeds": lambda: yardstick(30),
     "best_of_60_trials_median_of_150_seeds": lambda: yardstick(150),
+    "tpe_against_optuna": tpe_against_optuna,
     "sigkill": kill_many,
     "races": races,
 }
