@@ -1327,15 +1327,17 @@ def test_logit_distillation_brings_the_student_to_the_teacher(small_model):
 def run_of_06(tmp_path_factory):
     """A checkpoint of 06 after two steps, in the folder that --checkpoint names."""
     folder = tmp_path_factory.mktemp("06")
+    texts = [story.split("\n")[0] for story, _ in stories.corpus(200, seed=0)]
+    (folder / "texts").write_text("<|endoftext|>".join(texts))
     training = importlib.import_module("06_train")
-    training.train(training.Config(out=str(folder / "run"), cache=str(folder / "cache"),
-                                   story_count=60, max_steps=2, warmup_steps=1, eval_tokens=500,
-                                   vocab_size=400, seq_len=160))  # fmt: skip
+    training.train(training.Config(data=str(folder / "texts"), out=str(folder / "run"),
+                                   cache=str(folder / "cache"), max_steps=2, warmup_steps=1,
+                                   vocab_size=400, seq_len=96))  # fmt: skip
     return folder / "run"
 
 
 def test_augment_makes_data_that_folds_can_judge(run_of_06, tmp_path, capsys):
-    argv = ["--out", str(tmp_path), "--steps", "2"]
+    argv = ["--out", str(tmp_path), "--steps", "1"]
     assert si.main(["--mode", "augment", *argv]) == 0
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     seeds = {task["id"]: task for task in SEEDS}
@@ -1372,7 +1374,11 @@ def test_clean_leaves_out_test_texts_and_near_duplicates(tmp_path):
                     near=False) == items  # fmt: skip
 
 
-def test_distil_compares_two_students_at_equal_tokens(run_of_06, tmp_path, capsys):
+def test_distil_compares_two_students_at_equal_tokens(run_of_06, tmp_path, capsys, monkeypatch):
+    def write(self, prompts, **sampling):  # two steps of training write nothing that ends
+        return [si.Reply(f"Once there was a girl who had {i} kites.") for i in range(len(prompts))]
+
+    monkeypatch.setattr(si.Checkpoint, "__call__", write)
     argv = ["--mode", "distil", "--out", str(tmp_path), "--checkpoint", str(run_of_06),
             "--requests", "4", "--steps", "2"]  # fmt: skip
     assert si.main(argv) == 0
