@@ -140,6 +140,28 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * matrices + 12 * config.n_layer * config.seq_len * c
 
 
+def activation_bytes(
+    config: GPTConfig, tokens: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """Bytes that the forward pass of so many tokens keeps for the backward pass.
+
+    dtype: of matrix products, float32 or autocast's. The residual stream stays in float32. This is
+    the path without Triton.
+    """
+    C, M, H, G, D = (
+        config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
+    )  # fmt: skip
+    residual = 2 * (C + 1)  # what enters the two norms, and rstd
+    heads = (H + G if config.qk_norm else 0) + H  # rstd of queries and keys, softmax's log-sum
+    narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M
+    # that is: what the norms give, q|k|v, q|k turned, what attention gives, gate|up
+    per_layer = 4 * (residual + heads) + dtype.itemsize * narrow
+    copies = 0  # of the weights of W_qkv, W_out and W_gate_up, in autocast's dtype
+    if dtype != torch.float32:
+        copies = dtype.itemsize * config.n_layer * C * ((H + 2 * G) * D + C + 2 * M)
+    return tokens * (config.n_layer * per_layer + 4 * (C + 1)) + copies
+
+
 def use_triton(implementation: str, x: Tensor) -> bool:
     """Whether the kernels do the work on x: with "auto", where Triton is there and x on a GPU."""
     if implementation == "triton" and triton is None:

@@ -9,6 +9,9 @@ the same code with another preset, and every field of `Config` is a flag:
     python 06_train.py --data stories.txt --model 8m --max-steps 2000 --out runs/mine
     python 06_train.py --out runs/mine --resume          # goes on where it stopped
     python 06_train.py --out runs/mine --sample "Once upon a time"
+    python 06_train.py --out runs/mine --export exported    # a folder that transformers loads
+    python 06_train.py --preset tinystories --plan          # memory, hours, dollars; trains nothing
+    torchrun --nproc-per-node 8 06_train.py                 # on 8 GPUs
 
 What one step computes, for a batch of rows x with targets y, N of them not padding:
 
@@ -33,6 +36,11 @@ with the data behind the spike.
 Same numbers: on a CPU, for the same seed, version, number of threads and machine, always. On a GPU
 torch's fast kernels, of embeddings for one, add in no fixed order and two runs part slowly;
 --deterministic takes those that do (not yet tried on one).
+
+Several processes: each takes its share of the rows of a batch, the same batch for any number of
+them, and adds its gradient to the others'. So a run may be resumed with another number: the same
+batches, sums in another order. With the same number it is the same numbers. Over several machines
+(torchrun --nnodes) --out and --cache have to be on a disk that all of them see.
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -482,6 +490,7 @@ def tracker(config: Config) -> Iterator[Callable[[dict], None]]:
     if config.track == "none":
         yield lambda entry: None
         return
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run calls nobody
     package = import_extra(config.track)
     if config.track == "mlflow":
         package.set_experiment("06_train")
@@ -492,6 +501,7 @@ def tracker(config: Config) -> Iterator[Callable[[dict], None]]:
         options = {"project": "06_train", "dir": config.out, "mode": "offline"}
         with package.init(name=name, config=settings, **options) as their_run:
             yield lambda entry: their_run.log(numbers(entry), step=entry["step"])
+        package.teardown()  # only then the file is whole
 
 
 def numbers(entry: dict) -> dict[str, float]:
@@ -1120,8 +1130,9 @@ def memory_parts(
 ) -> dict[str, int]:
     """Bytes that a process holds at the height of a step, by what they are for.
 
-    The height is where backward begins: all activations are there, and of the gradients those
-    that the loss has made. The others come as the activations go.
+    The height is where backward enters the last layer: all activations are there, and of the
+    gradients those that the loss has made. The others come as the activations go. What the
+    allocator loses between tensors comes on top, and on a CPU the program: torch has 0.3 GB.
     """
     shape, parameters = model.config, gpt.parameter_count(model.config)
     tokens = config.batch_size // config.accumulate * config.seq_len
@@ -1137,6 +1148,7 @@ def memory_parts(
         "activations": gpt.activation_bytes(shape, tokens, dtype),
         "logits": logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize),
         "gradients at the head": 4 * (shape.vocab_size + tokens) * shape.d_model,
+        "backward of an MLP": 4 * 9 * tokens * shape.d_mlp,  # nine of that width side by side
     }
 
 
@@ -1190,11 +1202,11 @@ def plan(config: Config) -> None:
     )
 
     print(f"memory   with {dtype}, accumulate {config.accumulate}")
-    parts = memory_parts(config, model, device.type, dtype)
+    parts = memory_parts(config, model, device.type, dtype)  # bytes
     total = sum(parts.values()) / 1e9
     for name, size in parts.items():
         print(f"         {name:21s} {size / 1e9:8.3f} GB")
-    print(f"         {'in all':21s} {total:8.3f} GB, and the program itself")
+    print(f"         {'in all':21s} {total:8.3f} GB, and the program")
 
     print(f"cards    at {MFU:.0%} of the bfloat16 peak; --dollars-per-hour for your own price")
     for name, (peak, memory, price) in CARDS.items():

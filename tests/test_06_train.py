@@ -453,7 +453,7 @@ def test_plan_knows_what_autograd_saves(name, dtype):
     ids = torch.randint(4096, (2, 129))
     measured = saved_bytes(train.Objective(model, dtype, "torch"), ids[:, :-1], ids[:, 1:])
     known = parts["activations"] + parts["gradients at the head"]
-    assert known == pytest.approx(measured, rel=0.1)
+    assert known == pytest.approx(measured, rel=0.02)
 
 
 MEASURE = """
@@ -463,21 +463,22 @@ train = importlib.import_module("06_train")
 torch.set_num_threads(1)
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=4, optimizer={optimizer!r})
+size = dict(model="8m", vocab_size=4096, seq_len=512, batch_size=4)
+config = train.Config(**size, optimizer={optimizer!r})
 model = train.gpt.GPT(train.shape_of(config, 4096))
 parts = train.memory_parts(config, model, "cpu", torch.float32)
 objective = train.Objective(model, torch.float32, "torch")
 ids = torch.randint(4096, (4, 513))
 objective(ids[:1, :8], ids[:1, 1:9]).backward()
 model.zero_grad()
-before = status("VmRSS") - parts["weights"]
+program = status("VmRSS") - parts["weights"]
 optimizers = train.make_optimizers(config, model)
-for _ in range(3):
+for _ in range(2):
     objective(ids[:, :-1], ids[:, 1:]).backward()
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad()
-print(status("VmHWM") - before, sum(parts.values()))
+print(status("VmHWM"), program + sum(parts.values()))
 """
 
 
@@ -528,7 +529,8 @@ def test_report_sees_every_evaluation_and_may_end_the_run(cache, tmp_path):
 
 
 def test_track_mlflow_holds_the_lines_of_metrics(monkeypatch, capsys, cache, tmp_path):
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert run(capsys, cache, tmp_path / "run", "--track", "mlflow")[0] == 0
     metrics, _ = numbers_of(tmp_path / "run")
@@ -543,9 +545,10 @@ def test_track_mlflow_holds_the_lines_of_metrics(monkeypatch, capsys, cache, tmp
 
 
 def test_track_wandb_leaves_offline_files(capsys, cache, tmp_path):
-    pytest.importorskip("wandb")
     assert run(capsys, cache, tmp_path / "run", "--track", "wandb")[0] == 0
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert all(name in content for name in (b"val_nats", b"gnorm", b"learning_rate"))
 
 
 def test_track_without_the_package_is_one_line(monkeypatch, capsys, cache, tmp_path):
