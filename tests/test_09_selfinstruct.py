@@ -968,7 +968,8 @@ def test_schema_fault(value, schema, says):
 
 @pytest.mark.parametrize(
     "schema", [3, {"pattern": "a"}, {"type": "text"}, {"properties": {"a": {"oneOf": []}}},
-               {"items": {"type": ["string", "text"]}}, {"additionalProperties": {"x": 1}}],
+               {"items": {"type": ["string", "text"]}}, {"additionalProperties": {"x": 1}},
+               {"required": "name"}, {"enum": "ab"}, {"items": 3}, {"minimum": "0"}],
 )  # fmt: skip
 def test_schema_that_would_not_be_looked_at_is_refused(schema):
     with pytest.raises(ValueError, match="schema"):
@@ -1016,9 +1017,9 @@ def test_rows_are_mapped_and_checked(serve, tmp_path, capsys):
             [json.loads(line) for line in (out / name).read_text().splitlines()]
             for name in ("rows.jsonl", "rejects.jsonl")
         )
-        assert [r["name"] for r in good] == ["apple", "saw"]
+        assert [r["row"]["name"] for r in good] == ["apple", "saw"]
         assert good[1]["answer"] == {"kind": "tool", "price": 9.5}
-        assert [(r["name"], r["reply"], r["reason"]) for r in bad] == TABLE[2:]
+        assert [(r["row"]["name"], r["reply"], r["reason"]) for r in bad] == TABLE[2:]
         ledger = (out / "ledger.jsonl").read_bytes()
         assert si.main(argv) == 0 and len(server.seen) == asked
         assert (out / "ledger.jsonl").read_bytes() == ledger
@@ -1039,6 +1040,15 @@ def test_plan_is_what_is_asked_at_most(serve, tmp_path, capsys):
     assert prompts == 4 * 3 * 5
     assert dollars == pytest.approx(4 * 5 * (2 * 2048 + 4) * 10 / 1e6, abs=0.01)
     assert si.main(argv) == 0 and len(server.seen) <= prompts
+
+
+def test_fill_replaces_columns_and_leaves_other_braces():
+    row = {"first name": "Ann", "n": 3, "empty": ""}
+    text = '{first name} has {n}{empty}: {"kind": 1} {other} {}'
+    assert si.fill(text, row) == 'Ann has 3: {"kind": 1} {other} {}'
+    assert si.fill("{a}", {"a": "{b}", "b": 1}) == "{b}"  # a value is not a template
+    assert si.read_answer(si.Reply("[" * 10**5), {})[1].startswith("no JSON")
+    assert si.read_answer(si.Reply("1", cut=True), {})[1] == "cut off"
 
 
 def test_rows_go_on_after_a_stop(tmp_path):
