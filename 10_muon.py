@@ -36,11 +36,16 @@ backward pass take: at most a fraction 5 n / T. That is 2% for n = 512 and a ste
 tokens, and 40% for n = 128 and T = 1600. State: one buffer where AdamW keeps two.
 
 Muon is no certain gain. Where the inputs have no favoured direction (the demo's round ones) AdamW
-does as well; and noise, too, is given full length in every direction. 03's 0.5M model on the
-built-in stories, after 600 steps of 8 rows of 200 tokens, was 0.237 nats above the floor with
-AdamW at 6e-3, and 0.228 with Muon at 2e-2 (0.257 at 1e-2): one seed each, which settles nothing,
-since two seeds of a run with AdamW twice as long are 0.017 apart. Packed projections (q|k|v,
-gate|up) split before orthogonalising gave 0.249 at 2e-2: no gain, so they are taken whole.
+does as well; noise, too, is given full length in every direction; and its rate has to be found.
+03's 0.5M model on the built-in stories, nats above the floor after 250 steps of 8 rows of 200
+tokens, one seed ("match_rms_adamw"; AdamW at 6e-3 for the rest):
+
+    Muon at  2.5e-3 0.368   5e-3 0.350   1e-2 0.370   2e-2 0.393   4e-2 0.419
+    AdamW at   3e-3 0.442   6e-3 0.395   1e-2 0.403
+
+So at 2e-2 no gain is left; at 5e-3 it is beyond the noise, after 600 steps 0.158 beside AdamW's
+0.230, and on real text as well (results/ladder.py). Packed projections (q|k|v, gate|up) split before orthogonalising gave
+0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed): no gain, so they are taken whole.
 
 Letters used below: M rows and N columns of a matrix; G, B, U, Q as above.
 

@@ -189,7 +189,7 @@ def run_arm(run: dict, data: str, cache: str) -> dict:
     return run | results | {"cpu_seconds": round(time.process_time() - began, 1)}
 
 
-def measure_speed(data: str, cache: str, turns: int = 25) -> dict[str, float]:
+def measure_speed(data: str, cache: str, turns: int = 15) -> dict[str, float]:
     """CPU time of a step of each arm over that of the full recipe: medians, taken in turns."""
     steps, seconds = {}, defaultdict(list)
     device = torch.device("cpu")
