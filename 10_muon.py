@@ -44,8 +44,9 @@ tokens, one seed ("match_rms_adamw"; AdamW at 6e-3 for the rest):
     AdamW at   3e-3 0.442   6e-3 0.395   1e-2 0.403
 
 So at 2e-2 no gain is left; at 5e-3 it is beyond the noise, after 600 steps 0.158 beside AdamW's
-0.230, and on real text as well (results/ladder.py). Packed projections (q|k|v, gate|up) split before orthogonalising gave
-0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed): no gain, so they are taken whole.
+0.230, and on real text as well (results/ladder.py). Packed projections (q|k|v, gate|up) split
+before orthogonalising gave 0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed): no
+gain, so they are taken whole.
 
 Letters used below: M rows and N columns of a matrix; G, B, U, Q as above.
 
