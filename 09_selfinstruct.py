@@ -97,7 +97,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -2169,7 +2169,9 @@ def invent_requests(
 def experiment(config: Config) -> int:
     """The loop: a model writes requests and stories, learns from what was right, and again."""
     folder, world = Path(config.out), SmallWorld()
-    settings = {k: v for k, v in asdict(config).items() if k != "out"}
+    names = ("seed", "base_texts", "base_steps", "base_share", "rounds", "requests", "samples",
+             "steps", "held_out")  # fmt: skip
+    settings = {name: getattr(config, name) for name in names}
     ledger = Ledger(folder / "ledger.jsonl", settings)
     base = base_model(config, world, folder)
     rng = generator(config.seed, "requests")
