@@ -1798,6 +1798,9 @@ def pack(
     return x, y, used
 
 
+MATRIX_RATE = 10 / 3  # the learning rate of matrices, in that of the rest
+
+
 def fine_tune(
     model: gpt.GPT,
     x: Tensor,
@@ -1813,7 +1816,7 @@ def fine_tune(
 ) -> float:
     """Trains the model in place on x, y (R, T) of `pack`; returns the mean loss of the last epoch.
 
-    Muon for the hidden matrices and AdamW for the rest, their rates in the ratio of 06.
+    Muon for the hidden matrices, at MATRIX_RATE times learning_rate, and AdamW for the rest.
     With a teacher of the same vocabulary the loss is alpha T^2 KL(teacher_T || student_T) +
     (1 - alpha) cross-entropy: logit distillation. Without, on texts that a teacher has written, it
     is response distillation.
@@ -1821,9 +1824,8 @@ def fine_tune(
     if not len(x):
         raise ValueError("no rows to train on: every pair was rejected or is too long")
     hidden, rest = muon.split_parameters(model.named_parameters())
-    ratio = training.Config.muon_learning_rate / training.Config.learning_rate
     optimizers = {
-        muon.Muon(hidden, adjust_lr_fn="match_rms_adamw"): ratio * learning_rate,
+        muon.Muon(hidden, adjust_lr_fn="match_rms_adamw"): MATRIX_RATE * learning_rate,
         adamw.AdamW(adamw.param_groups(rest, 0.1), betas=(0.9, 0.98)): learning_rate,
     }
     device, kept = model.embedding.weight.device, []
