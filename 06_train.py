@@ -155,7 +155,7 @@ class Config:
     max_steps: int = 1200  # steps in all
     optimizer: str = "muon"  # "muon" for hidden matrices and AdamW for the rest; "adamw" for all
     learning_rate: float = 6e-3  # peak, of AdamW
-    muon_learning_rate: float = 1e-2  # peak, of Muon
+    muon_learning_rate: float = 5e-3  # peak, of Muon
     schedule: str = "wsd"  # by its name in 05_schedules.SCHEDULES
     warmup_steps: int = 30  # steps
     cooldown: float | None = None  # of the wsd schedules: steps, or a share of the run up to 1.0
