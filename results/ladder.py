@@ -346,6 +346,10 @@ def plot(kept: dict, texts: list[str], steps: int, path: str) -> None:
         panel.axvline(statistics.fmean(found["full recipe"]), color="0.7", linewidth=1, zorder=0)
         panel.set_yticks(range(len(names)), names)
         panel.set_xscale("log")  # what leaves the plateau late is ten times further off
+        low, high = math.log(min(map(min, found.values()))), math.log(max(map(max, found.values())))
+        ticks = [math.exp(low + i / 3 * (high - low)) for i in range(4)]
+        panel.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
+        panel.minorticks_off()
         panel.set_title(f"{text}, {steps} steps")
         panel.set_xlabel(next(unit(run) for run in kept["runs"] if run["text"] == text))
     figure.tight_layout()
