@@ -1206,21 +1206,25 @@ def plan(config: Config) -> None:
         f"{tokens:,} tokens at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
-    print(f"memory   with {dtype}, accumulate {config.accumulate}")
+    print(f"memory   here, with {dtype}, accumulate {config.accumulate}")
     parts = memory_parts(config, model, device.type, dtype)  # bytes
     total = sum(parts.values()) / 1e9
     for name, size in parts.items():
         print(f"         {name:21s} {size / 1e9:8.3f} GB")
     print(f"         {'in all':21s} {total:8.3f} GB, and the program")
 
-    print(f"cards    at {MFU:.0%} of the bfloat16 peak; --dollars-per-hour for your own price")
+    on_card = sum(memory_parts(config, model, "cuda", torch.bfloat16).values()) / 1e9
+    print(
+        f"cards    at {MFU:.0%} of their bfloat16 peak, with {on_card:.1f} GB; "
+        "--dollars-per-hour for your own price"
+    )
     for name, (peak, memory, price) in CARDS.items():
         price = price if config.dollars_per_hour is None else config.dollars_per_hour
         hours = tokens * per_token / (peak * 1e12 * MFU) / 3600
         print(
             f"         {name:9s} {hours:8.2f} h"
-            + (f" {hours * price:8.2f} dollars at {price}/h" if price else "")
-            + ("" if total < 0.9 * memory else f"; too large for its {memory} GB: --accumulate")
+            + (f" {hours * price:8.2f} dollars at {price:.2f}/h" if price else "")
+            + ("" if on_card < 0.9 * memory else f"; too large for its {memory} GB: --accumulate")
         )
 
     token, update = trial(config, device, dtype)
