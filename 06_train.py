@@ -1153,7 +1153,7 @@ def memory_parts(
     }
     if device_type == "cpu":  # where glibc keeps freed blocks: measured
         passing = sum(parts.values()) - parts["weights"] - parts["moments"]
-        parts["freed, but kept"] = passing // 5
+        parts["freed, but kept"] = passing // 4
     return parts
 
 
