@@ -45,18 +45,19 @@ batches, sums in another order. With the same number it is the same numbers. Ove
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
 Sources: clip 1.0, betas 0.9 and 0.95, decay 0.1: GPT-3 (Brown et al. 2020, arXiv 2005.14165; the
-CPU preset has beta2 0.98); decay on matrices only: nanoGPT; warmup-stable-decay: MiniCPM (Hu et
-al. 2024, 2404.06395); TinyStories: Eldan & Li 2023 (2305.07759).
+CPU preset has beta2 0.98); decay on matrices only: nanoGPT; Muon: see 10_muon.py;
+warmup-stable-decay: MiniCPM (Hu et al. 2024, 2404.06395); TinyStories: Eldan & Li 2023
+(2305.07759).
 
-Run: `python 06_train.py` (CPU, 148 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
+Run: `python 06_train.py` (CPU, 145 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
 
-    val_nats: 0.4096738411050606
+    val_nats: 0.3722338103227721
     floor_nats: 0.2867901733419835
-    val_bpb: 0.17107987933710225
-    tokens: 1520760
-    seconds: 147.96868784600156
-    tokens_per_second: 11112.63325042635
-    peak_memory_gb: 0.527388672
+    val_bpb: 0.1554449148704091
+    tokens: 1266881
+    seconds: 144.503632552005
+    tokens_per_second: 9482.82064758704
+    peak_memory_gb: 0.504926208
     parameters: 459520
 """
 
