@@ -65,6 +65,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import difflib
 import hashlib
 import importlib
@@ -161,8 +162,8 @@ class Config:
     warmup_steps: int = 30  # steps
     cooldown: float | None = None  # of the wsd schedules: steps, or a share of the run up to 1.0
     weight_decay: float = 0.1  # on matrices
-    beta1: float = 0.9
-    beta2: float = 0.98
+    beta1: float = 0.9  # of AdamW: memory of the gradient's mean
+    beta2: float = 0.98  # of AdamW: memory of its square
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
     guard: str = "on"  # "on": leave out steps that would do harm, go back if they persist; "off"
     dollars_per_hour: float | None = None  # of one GPU or machine; None: as in CARDS
@@ -254,7 +255,7 @@ PRESETS = {
 
 
 def pick_device(wanted: str) -> torch.device:
-    if wanted == "auto" and torch.cuda.is_available():
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif wanted == "auto":
         wanted = "cpu"
@@ -333,7 +334,9 @@ class Team:
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            hours = datetime.timedelta(hours=6)  # for the first one to download and tokenise
+            distributed.init_process_group(backend, timeout=hours)
         return self
 
     def __exit__(self, *error) -> None:
@@ -902,9 +905,9 @@ class Run:
                 f"went back {MAX_REWINDS} times and the loss still spikes, at step {past.step}; "
                 "try a lower --learning-rate in another --out"
             )
-        for path in checkpoint_files(self.folder):
-            if step_of(path) == past.rewound_to:
-                path.unlink(missing_ok=True)  # another process may have been first
+        newest = checkpoint_files(self.folder)[:1]
+        if near and newest and step_of(newest[0]) == past.rewound_to:
+            newest[0].unlink(missing_ok=True)  # another process may have been first
         self.team.any(False)  # until all are here
         self.restore(load_checkpoint(self.folder))
         self.place.batch = past.batch + 1
@@ -1371,7 +1374,8 @@ def main(argv: list[str]) -> int:
         print(f"06_train.py: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "RANK" not in os.environ:
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        if "RANK" not in os.environ or not lost:
             raise
         print(
             f"06_train.py: error: process {os.environ['RANK']} lost the others "
