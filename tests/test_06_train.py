@@ -459,11 +459,11 @@ train = importlib.import_module("06_train")
 torch.set_num_threads(1)
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=2)
+config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=4)
 model = train.gpt.GPT(train.shape_of(config, 4096))
 parts = train.memory_parts(config, model, "cpu", torch.float32)
 objective = train.Objective(model, torch.float32, "torch")
-ids = torch.randint(4096, (2, 513))
+ids = torch.randint(4096, (4, 513))
 objective(ids[:1, :8], ids[:1, 1:9]).backward()
 model.zero_grad()
 program = status("VmRSS") - parts["weights"]
