@@ -98,14 +98,14 @@ try:
 except ImportError:  # not on Windows: there runs are not locked, and memory is not measured
     fcntl = resource = None
 
-T = typing.TypeVar("T")
-
 losses = importlib.import_module("01_loss")
 gpt = importlib.import_module("03_gpt")
 adamw = importlib.import_module("04_adamw")
 schedules = importlib.import_module("05_schedules")
 stability = importlib.import_module("08_stability")
 muon = importlib.import_module("10_muon")
+
+Made = typing.TypeVar("Made")
 
 KEEP = 3  # newest checkpoints kept, in case the last one is damaged; the best is kept too
 MAX_REWINDS = 5  # in a row: a run that goes back more often has something wrong with it
@@ -231,15 +231,15 @@ def check(good: bool, name: str, value: object, wanted: str) -> None:
 
 PRESETS = {
     "stories": {},  # the defaults above: under three minutes on two CPU cores
-    "tinystories": {  # one GPU with 40 GB or more; on less memory raise --accumulate
+    "tinystories": {  # one GPU with 32 GB or more by --plan; on less raise --accumulate
         "data": "tinystories",
         "out": "runs/tinystories",
         "compile": True,
         "model": "27m",
         "vocab_size": 4096,
         "seq_len": 512,
-        "batch_size": 256,  # 131,072 tokens a step
-        "max_steps": 7630,  # 1.0B tokens
+        "batch_size": 256,  # 131,072 positions a step, padding among them
+        "max_steps": 7630,  # 1.0B positions
         "learning_rate": 2e-3,  # 3 to 5 times the usual 6e-4: the best of a public sweep at 36M
         "muon_learning_rate": 4e-3,  # at width 512 it is modded-nanogpt's and nanochat's 0.02
         "warmup_steps": 200,
@@ -343,7 +343,7 @@ class Team:
         if self.size > 1:
             distributed.destroy_process_group()
 
-    def one_first(self, make: Callable[[], T]) -> T:
+    def one_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns in each process, the others' call coming after the first's."""
         if self.size == 1:
             return make()
@@ -1202,12 +1202,12 @@ def plan(config: Config) -> None:
     with torch.device("meta"):  # shapes without numbers
         model = gpt.GPT(shape_of(config, config.vocab_size))
     per_token = gpt.flops_per_token(model.config)
-    tokens = config.max_steps * config.batch_size * config.seq_len
+    tokens = config.max_steps * config.batch_size * config.seq_len  # positions, padding too
     evaluated = config.max_steps // config.eval_every * config.eval_tokens
     print(
         f"plan     {config.model}: {gpt.parameter_count(model.config):,} parameters, "
         f"{config.max_steps:,} steps of {config.batch_size} rows of {config.seq_len}: "
-        f"{tokens:,} tokens at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
+        f"{tokens:,} positions at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
     print(f"memory   here, with {dtype}, accumulate {config.accumulate}")

@@ -494,7 +494,7 @@ def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
     tokens = 7630 * 4 * 64
     shape = gpt.GPTConfig(**{**vars(gpt.PRESETS["0.5m"]), "seq_len": 64})
     hours = tokens * gpt.flops_per_token(shape) / (0.4 * 989e12) / 3600
-    assert f"{tokens:,} tokens" in stdout
+    assert f"{tokens:,} positions" in stdout
     h100 = re.search(r"H100 +(\S+) h +(\S+) dollars at 3.49/h", stdout)
     assert float(h100[1]) == pytest.approx(hours, abs=0.005)
     assert re.search(r"here +CPU with . threads: 5 steps", stdout)
