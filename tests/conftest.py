@@ -7,9 +7,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # tensors here are small, and numbers should not depend on the cores
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

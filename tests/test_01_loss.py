@@ -27,10 +27,6 @@ DTYPES = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors as small as here only make threads wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch(N, V, dtype=torch.float64, ignored=0.3, scale=3.0):

@@ -29,14 +29,6 @@ WORDS = Vocabulary(V, MASK, (CLS, SEP), PAD, tuple(i % 5 == 0 for i in range(V))
 KEYED = ["bert", "roberta", "whole-word", "span", "electra"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def ordinary_ids(rows, T, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(4, V, (rows, T), generator=g)

@@ -23,15 +23,6 @@ SHAPES = [(17, 33), (33,), (1,), (), (3, 1, 5, 2), (0,), (0, 4), (1023,)]
 FORMS = ["reference", "foreach"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: on a busy machine a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=g, dtype=dtype) * 0.5) for shape in shapes]

@@ -40,10 +40,7 @@ def small_corpus():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.corpus, "VAL_STORIES", 20)
         patch.setattr(train, "SAMPLED_STORIES", 4)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         yield
-        torch.set_num_threads(threads)
 
 
 def run(capsys, cache, out, *more):

@@ -49,14 +49,6 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def no_git():
     """git is asked in the test of it; elsewhere it would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:

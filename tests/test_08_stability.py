@@ -24,15 +24,6 @@ stability = importlib.import_module("08_stability")
 doctor = importlib.import_module("results.doctor")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: on a busy machine a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # SpikeGuard
 
 

@@ -42,14 +42,6 @@ SEEDS = si.load_seeds(ROOT / "data" / "seed_tasks.jsonl")
 TEXTS = [task[k] for task in SEEDS for k in ("instruction", "input", "output") if task[k]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # the seeds
 
 

@@ -24,15 +24,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("o", "L", "dq", "dk", "dv")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: on a busy machine a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def set_tiles(monkeypatch, BM, BN):
     """Blocks of this size in all three kernels for float32: small ones meet every kind of block."""
     row = dict.fromkeys(module.KERNELS, (BM, BN, 4, 1))

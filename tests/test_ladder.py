@@ -22,14 +22,6 @@ SMALL = gpt.GPTConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(**changed):
     """A small model whose layers do something from the start, and ids (4, 12) for it."""
     torch.manual_seed(0)
