@@ -140,6 +140,7 @@ class Config:
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
     branch: str | None = None  # start from the newest checkpoint of the run in this folder
     sample: str | None = None  # continue this text with the model in out, and do nothing else
+    checkpoint: str = "newest"  # that --sample and --export take: "newest", or "best" evaluated
     plan: bool = False  # say what the run would take in memory, hours and dollars, and end
     export: str | None = None  # write the model in out to this folder for transformers, and end
     seed: int = 0  # of the weights and of the order of the data
@@ -207,6 +208,7 @@ class Config:
             ("guard", ("on", "off")),
             ("optimizer", ("adamw", "muon")),
             ("track", ("none", "mlflow", "wandb")),
+            ("checkpoint", ("newest", "best")),
             ("implementation", gpt.IMPLEMENTATIONS),
         ):
             check(getattr(self, name) in choices, name, getattr(self, name),
@@ -386,8 +388,8 @@ class Team:
 
 STARTED = {"config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
-MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "plan", "export", "device"}
-MAY_CHANGE |= {"compile", "accumulate", "implementation", "deterministic"}
+MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "checkpoint", "plan", "export"}
+MAY_CHANGE |= {"device", "compile", "accumulate", "implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"temperature", "min_p", "dollars_per_hour", "track"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"branch", "schedule", "cooldown", "max_steps"}
@@ -568,9 +570,14 @@ def save_checkpoint(folder: Path, state: dict, best: int) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path) -> dict | None:
-    """The newest checkpoint whose content fits the checksum in its name; None without any."""
+def load_checkpoint(folder: Path, step: int | None = None) -> dict | None:
+    """The newest checkpoint, or that of a step, whose content fits the checksum in its name.
+
+    None without any.
+    """
     for path in checkpoint_files(folder):
+        if step is not None and step_of(path) != step:
+            continue
         reason = "its checksum is wrong"
         if path.stem.endswith(checksum(path)):
             try:
@@ -905,9 +912,11 @@ class Run:
                 f"went back {MAX_REWINDS} times and the loss still spikes, at step {past.step}; "
                 "try a lower --learning-rate in another --out"
             )
-        newest = checkpoint_files(self.folder)[:1]
-        if near and newest and step_of(newest[0]) == past.rewound_to:
-            newest[0].unlink(missing_ok=True)  # another process may have been first
+        files = checkpoint_files(self.folder)
+        if near and files and step_of(files[0]) == past.rewound_to:
+            check(self.config.branch is None or len(files) > 1, "branch", self.config.branch,
+                  "a run that does not spike where it is left")  # fmt: skip
+            files[0].unlink(missing_ok=True)  # another process may have been first
         self.team.any(False)  # until all are here
         self.restore(load_checkpoint(self.folder))
         self.place.batch = past.batch + 1
@@ -1019,6 +1028,8 @@ def train_together(
             run.place.best_step = -1  # that checkpoint is in the other folder
             run.save()
             print(f"branch   from {config.branch} at step {run.place.step}")
+        elif config.resume:
+            print(f"resume   no checkpoint in {folder} to go on from: this run begins at step 0")
         if team.first:
             keep_metrics(folder, run.place.step, config.max_steps)
 
@@ -1243,11 +1254,15 @@ def plan(config: Config) -> None:
 
 
 def trained(config: Config, flag: str) -> tuple[gpt.GPT, bpe.Vocabulary]:
-    """The model of the run in --out, from its newest checkpoint, and its vocabulary."""
+    """The model of the run in --out, from the --checkpoint asked for, and its vocabulary."""
     folder = Path(config.out)
     state = load_checkpoint(folder) if folder.is_dir() else None
+    if state is not None and config.checkpoint == "best":
+        state = load_checkpoint(folder, state["place"]["best_step"])
     if state is None:
-        raise RunError(f"{flag}: no checkpoint in {folder}; train first, or give its --out")
+        raise RunError(
+            f"{flag}: no {config.checkpoint} checkpoint in {folder}; train first, or give its --out"
+        )
     for name in ("model", "vocab_size", "seq_len"):
         check(getattr(config, name) == state["config"][name], name, getattr(config, name),
               f"{state['config'][name]}, as the run in {folder} has it")  # fmt: skip
@@ -1296,10 +1311,10 @@ def read_flags(argv: list[str]) -> dict:
         description=__doc__.splitlines()[0],
         allow_abbrev=False,  # "--l 3" would silently mean --learning-rate
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, kind in typing.get_type_hints(Config).items():
-        flag, about = "--" + name.replace("_", "-"), comments.get(name, "").replace("%", "%%")
+        flag, default = "--" + name.replace("_", "-"), getattr(Config, name)
+        about = f"{comments[name]} (default: {default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:
@@ -1325,7 +1340,7 @@ def resolve(flags: dict) -> Config:
         stored |= stored_config(Path(flags["branch"])) or {}
     if flags.get("resume") or flags.keys() & {"sample", "export"}:
         stored |= stored_config(Path(flags.get("out", base.get("out", Config.out)))) or {}
-    for name in ("out", "resume", "sample", "export", "plan"):  # of a command, not of a run
+    for name in ("out", "resume", "sample", "checkpoint", "export", "plan"):  # of a command
         stored.pop(name, None)
     try:
         return Config(**base | stored | flags)

@@ -94,7 +94,7 @@ def test_train_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(
 ):
     out = tmp_path / "run"
     status, stdout, _ = run(capsys, cache, out, "--resume")
-    assert status == 0 and "resume " not in stdout
+    assert status == 0 and f"no checkpoint in {out} to go on from" in stdout
     assert_same(out, reference)
     status, stdout, _ = run(capsys, cache, out, "--resume")
     assert status == 0 and "resume   at step 40" in stdout
@@ -259,6 +259,12 @@ def test_best_checkpoint_is_kept(monkeypatch, capsys, cache, tmp_path):
     monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (next(values), 1.0))
     run(capsys, cache, tmp_path / "run")
     assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")] == [40, 39, 38, 16]
+    argv = ["--out", tmp_path / "run", "--sample", "Once", "--checkpoint"]
+    for name, step in (("best", 16), ("newest", 40)):
+        config = train.resolve(train.read_flags([str(x) for x in [*argv, name]]))
+        model, _ = train.trained(config, "--sample")
+        wanted = train.load_checkpoint(tmp_path / "run", step)["model"]
+        assert all(torch.equal(x, wanted[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("more", [["--deterministic"], ["--implementation", "torch"]])
@@ -318,6 +324,15 @@ def test_branch_in_the_middle_of_its_cooldown_is_refused(capsys, cache, tmp_path
     status, _, stderr = run(capsys, cache, tmp_path / "out", *more, "--cooldown", 20)
     assert status == 2 and "has to begin at or after step 30" in stderr
     assert run(capsys, cache, tmp_path / "out", *more, "--cooldown", 6)[0] == 0
+
+
+def test_branch_that_only_spikes_keeps_where_it_was_left(monkeypatch, capsys, cache, tmp_path):
+    run(capsys, cache, tmp_path / "trunk", "--max-steps", 24, "--schedule", "constant")
+    corrupt(monkeypatch, range(24, 1000))
+    more = ["--branch", tmp_path / "trunk", "--checkpoint-every", 100, "--eval-every", 100]
+    status, _, stderr = run(capsys, cache, tmp_path / "out", *more)
+    assert status == 2 and "does not spike where it is left" in stderr, stderr
+    assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "out")] == [24]
 
 
 def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
@@ -783,4 +798,4 @@ def test_help_lists_every_field(capsys):
     assert stopped.value.code == 0
     for name in train.Config.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
-    assert "folder of this run" in text
+    assert "folder of this run (default: runs/stories)" in " ".join(text.split())
