@@ -339,8 +339,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class GatedProduct(torch.autograd.Function):
     """swiglu(gate_up) @ weight.T, keeping gate_up alone: silu * up is cheap to compute again.
 
-    With s = sigmoid(gate), silu = gate * s and h = silu * up:
-        dL/dup = dh * silu,   dL/dgate = dh * up * s * (1 + gate * (1 - s))
+    With s = sigmoid(gate), silu = gate * s, h = silu * up, and dh what its product leaves:
+        dL/dup = dh * silu,   dL/dgate = dh * up * (s + silu * (1 - s))
     """
 
     @staticmethod
@@ -356,10 +356,10 @@ class GatedProduct(torch.autograd.Function):
         gate, up = gate_up.to(wide).chunk(2, dim=-1)  # (..., M) each
         s = torch.sigmoid(gate)
         silu = gate * s
-        h = (silu * up).to(dy.dtype)
-        d_weight = dy.flatten(0, -2).T @ h.flatten(0, -2)  # (C, M)
+        d_weight = dy.flatten(0, -2).T @ (silu * up).to(dy.dtype).flatten(0, -2)  # (C, M)
         dh = dy @ weight.to(dy.dtype)  # (..., M)
-        d_gate_up = torch.cat((dh * up * (s + silu * (1 - s)), dh * silu), dim=-1)
+        d_gate = torch.addcmul(s, silu, 1 - s).mul_(dh).mul_(up)
+        d_gate_up = torch.cat((d_gate, silu.mul_(dh)), dim=-1)
         return d_gate_up.to(gate_up.dtype), d_weight.to(weight.dtype)
 
 

@@ -41,6 +41,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,15 +54,17 @@ try:
 except ImportError:  # the reference works without it
     triton = None
 
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 # Numbers a program handles: 8 for each of 256 threads, two loads of 16 bytes from each tensor.
 # Compiled for sm_90: 58 registers with Triton 3.9, 48 with 3.6, no spills. Not yet measured on a
 # GPU.
 TILE = {"CHUNK": 2048, "num_warps": 8}
 TABLES = 16  # kept, for when the same addresses come again: 0.6 MB each for 27M parameters
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
 
 
 def adamw_reference(
@@ -222,21 +225,16 @@ def _table(lists: Sequence[Sequence[Tensor]], decay: Sequence[float]) -> Tensor:
     return _tables[key]
 
 
-@torch.library.custom_op("kernels::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+@torch.library.custom_op(
+    "kernels::adamw",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor lr, Tensor step, float beta1, float beta2, float eps, float[] weight_decay,"
+    " Tensor? norm, float max_norm) -> ()",
+)
 def _adamw_op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: list[float],
-    norm: Tensor | None,
-    max_norm: float,
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, lr, step, beta1, beta2, eps, weight_decay, norm, max_norm
+):
     table = _table((params, grads, exp_avgs, exp_avg_sqs), weight_decay)
     scalars = torch.empty(4, dtype=torch.float32, device=table.device)
     rates = beta1, 1 - beta1, beta2, 1 - beta2
@@ -262,15 +260,10 @@ def _(grads):
     return grads[0].new_empty((), dtype=torch.float32)
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value} must be {wanted}")
-
-
 def _use_triton(implementation: str, lists: dict[str, Sequence[Tensor]]) -> bool:
     """Whether to take the kernels; with "triton", ValueError if they cannot serve these lists."""
-    names = ("auto", "reference", "triton")
-    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     if implementation == "reference" or (implementation == "auto" and triton is None):
         return False
     if triton is None:
@@ -280,15 +273,18 @@ def _use_triton(implementation: str, lists: dict[str, Sequence[Tensor]]) -> bool
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):
             if place and x.dtype == torch.float32 and x.device == device and x.is_contiguous():
-                continue  # the usual case, in which writing messages would take most of the time
+                continue
             if implementation == "auto":
                 return False
-            label, wanted = f"{name}[{i}]", "a GPU, or a CPU with TRITON_INTERPRET=1 set before "
-            _require(place, f"{label}.device", x.device, wanted + "Python starts")
-            _require(x.device == device, f"{label}.device", x.device, f"{device}, as the first")
-            _require(x.dtype == torch.float32, f"{label}.dtype", x.dtype, "torch.float32")
+            if not place:
+                wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+                raise ValueError(f"{name}[{i}].device={x.device} must be {wanted}")
+            if x.device != device:
+                raise ValueError(f"{name}[{i}].device={x.device} must be {device}, as the first")
+            if x.dtype != torch.float32:
+                raise ValueError(f"{name}[{i}].dtype={x.dtype} must be torch.float32")
             wanted = "contiguous; take implementation='reference' for it"
-            _require(False, f"{label}.stride()", x.stride(), wanted)
+            raise ValueError(f"{name}[{i}].stride()={x.stride()} must be {wanted}")
     return True
 
 
@@ -322,14 +318,16 @@ def adamw_step(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     one = isinstance(weight_decay, float | int)
     decays = [weight_decay] * len(params) if one else list(weight_decay)
-    for name, tensors in (*lists.items(), ("weight_decay", decays)):
-        _require(len(tensors) == len(params), f"len({name})", len(tensors), f"{len(params)}")
+    for name, values in (*lists.items(), ("weight_decay", decays)):
+        if len(values) != len(params):
+            raise ValueError(f"len({name})={len(values)} must be {len(params)}, as params")
     for name, tensors in lists.items():
         for i, (x, p) in enumerate(zip(tensors, params)):
             if x.shape != p.shape:
                 wanted = f"{tuple(p.shape)}, as params[{i}]"
-                _require(False, f"{name}[{i}].shape", tuple(x.shape), wanted)
-    _require((norm is None) == (max_norm is None), "max_norm", max_norm, "given exactly with norm")
+                raise ValueError(f"{name}[{i}].shape={tuple(x.shape)} must be {wanted}")
+    if (norm is None) != (max_norm is None):
+        raise ValueError(f"max_norm={max_norm} must be given exactly with norm")
     if not params:
         return
     max_norm = 0.0 if max_norm is None else max_norm
@@ -342,9 +340,10 @@ def adamw_step(
         for x in (lr, step)
     )
     for name, x in (("lr", lr), ("step", step), ("norm", norm)):
-        if x is not None:
-            _require(x.device == device, f"{name}.device", x.device, f"{device}, as params")
-            _require(x.numel() == 1, f"{name}.shape", tuple(x.shape), "()")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}.device={x.device} must be {device}, as params")
+        if x is not None and x.numel() != 1:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must be ()")
     lists = [list(tensors) for tensors in lists.values()]
     torch.ops.kernels.adamw(*lists, lr, step, *betas, eps, decays, norm, max_norm)
 
@@ -363,31 +362,19 @@ def grad_norm(grads: Sequence[Tensor], *, implementation: str = "auto") -> Tenso
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU; the addresses in the table need no attribute."""
-    cases = []
-    for name, kernel, types in (
-        ("adamw step", _adamw, "*i64 *fp32 fp32 fp32 fp32 fp32 constexpr"),
-        ("adamw grad_norm", _square_sum, "*i64 *fp32 constexpr"),
-        ("adamw scalars", _scalars, "*fp64 *fp64 *fp32 *fp32 fp32 fp32 fp32 fp32"),
-    ):
-        signature = dict(zip(kernel.arg_names, types.split()))
-        single = kernel is _scalars
-        cases.append(
-            {
-                "name": name,
-                "kernel": kernel,
-                "signature": signature,
-                "constexprs": {} if single else {"CHUNK": TILE["CHUNK"]},
-                "divisible": [a for a, kind in signature.items() if kind[0] == "*"],
-                "options": {"num_warps": 1 if single else TILE["num_warps"], "num_stages": 3},
-                "expect": set() if single else {"vector16"},
-            }
-        )
-    return cases
+    """What kernels/aot.py compiles; the addresses in the table need no attribute."""
+    step = {"name": "adamw step", "kernel": _adamw, "launch": TILE}
+    norm = {"name": "adamw grad_norm", "kernel": _square_sum, "launch": TILE}
+    scalars = {"name": "adamw scalars", "kernel": _scalars, "launch": {"num_warps": 1}}
+    return [
+        step | {"types": "*i64 *fp32 fp32 fp32 fp32 fp32"},
+        norm | {"types": "*i64 *fp32"},
+        scalars | {"types": "*fp64 *fp64 *fp32 *fp32 fp32 fp32 fp32 fp32", "expect": set()},
+    ]
 
 
 def benchmark() -> None:
-    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+    """Errors against torch in float64; on a GPU also ms and GB/s, from a cold cache."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
@@ -419,18 +406,14 @@ def benchmark() -> None:
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1.0, device=device)
     for p, g in zip(params, grads):
         p.grad = g
-    fused = torch.optim.AdamW(params, lr=1e-3, fused=True)
-    print("                      ms   GB/s")
     for name, size, f in (
-        ("norm, torch", 4, lambda: torch.nn.utils.get_total_norm(grads)),
-        ("norm, triton", 4, lambda: grad_norm(grads)),
-        ("step, reference", 28, lambda: adamw_step(
-            params, grads, *state, lr=lr, step=step, implementation="reference")),
-        ("step, torch fused", 28, fused.step),
-        ("step, triton", 28, lambda: adamw_step(params, grads, *state, lr=lr, step=step)),
-    ):  # fmt: skip
+        ("norm, torch", 4, partial(torch.nn.utils.get_total_norm, grads)),
+        ("norm, triton", 4, partial(grad_norm, grads)),
+        ("step, torch fused", 28, torch.optim.AdamW(params, lr=1e-3, fused=True).step),
+        ("step, triton", 28, partial(adamw_step, params, grads, *state, lr=lr, step=step)),
+    ):
         ms = triton.testing.do_bench(f)
-        print(f"{name:18} {ms:6.3f} {1e-6 * size * n / ms:6.0f}")
+        print(f"{name:18}{ms:8.3f} ms {1e-6 * size * n / ms:6.0f} GB/s")
 
 
 if __name__ == "__main__":

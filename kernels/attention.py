@@ -51,23 +51,22 @@ seed 0,
 
     largest differences to float64, T   65      o      L     dq     dk     dv
         causal                            7e-07  5e-07  1e-06  2e-06  1e-06
-        full                              5e-07  5e-07  6e-07  9e-07  5e-07
+        full                              5e-07  5e-07  6e-07  6e-07  5e-07
         causal, window                    4e-07  4e-07  1e-06  2e-06  7e-07
         causal, documents                 5e-07  4e-07  8e-07  1e-06  1e-06
-        full, window, documents           7e-07  4e-07  7e-07  1e-06  1e-06
+        full, window, documents           7e-07  4e-07  7e-07  1e-06  8e-07
     ok in Triton's interpreter; there is no GPU to time
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
@@ -152,8 +151,27 @@ def visible_limits(
 
 
 @jit
+def _place(program, T, heads, SIZE: tl.constexpr):
+    """A program's first row or column of SIZE, its head, its batch row.
+
+    The blocks of a head run side by side, so that what they share is read from the cache.
+    """
+    blocks = tl.cdiv(T, SIZE)
+    b = (program // (blocks * heads)).to(tl.int64)  # b * stride passes 2^31
+    return program % blocks * SIZE, program // blocks % heads, b
+
+
+@jit
+def _tile(x, lines, stride, T, D: tl.constexpr, DTYPE: tl.constexpr):
+    """These rows or columns of a head, (lines, D)."""
+    d = tl.arange(0, D)
+    there = lines[:, None] < T
+    return tl.load(x + lines[:, None] * stride + d[None, :], mask=there, other=0.0).to(DTYPE)
+
+
+@jit
 def _span(
-    start, end, block, T,
+    start, end, b, block, T,
     FROM_ITSELF: tl.constexpr, TO_ITSELF: tl.constexpr, LIMITS: tl.constexpr,
     SIZE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -165,6 +183,9 @@ def _span(
     """
     lines = block + tl.arange(0, SIZE)
     top = tl.minimum(block + SIZE, T) - 1  # the last line that exists
+    if LIMITS:
+        start += b * T
+        end += b * T
     first = lines
     begin, all_begin = block, top
     last = lines
@@ -189,6 +210,17 @@ def _span(
 
 
 @jit
+def _block(i, begin, free, free_stop, STEP: tl.constexpr, PART: tl.constexpr):
+    """The lines of block i of those seen in part (PART 0) or entirely (PART 1)."""
+    # anew in each turn: Triton 3.6 spills if pointers are carried across loops
+    block = free + i * STEP
+    if PART == 0:
+        block = begin + i * STEP
+        block = tl.where(block < free, block, block + (free_stop - free))
+    return block + tl.arange(0, STEP)
+
+
+@jit
 def _forward(
     q, k, v, start, end, o, lse,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -198,41 +230,24 @@ def _forward(
 ):  # fmt: skip
     """Program: BM rows of one head of one batch row. Writes o and lse of these rows."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    # row blocks of a head run side by side, so that its k and v are read from the cache; if causal
-    # the last rows have most to do and go first
-    blocks = tl.cdiv(T, BM)
-    program = tl.program_id(0)
-    row = (blocks - 1 - program % blocks) * BM
-    h = program // blocks % H
-    b = (program // (blocks * H)).to(tl.int64)  # b * stride passes 2^31
+    row, h, b = _place(tl.program_id(0), T, H, BM)
+    row = (tl.cdiv(T, BM) - 1) * BM - row  # if causal the last rows have most to do: first
     q += b * stride_qb + h * stride_qh
     k += b * stride_kb + h // (H // G) * stride_kh
     v += b * stride_vb + h // (H // G) * stride_vh
-    if LIMITS:
-        start += b * T
-        end += b * T
     first, last, begin, free, free_stop, masked = _span(
-        start, end, row, T, False, CAUSAL, LIMITS, BM, BN
+        start, end, b, row, T, False, CAUSAL, LIMITS, BM, BN
     )
-    d = tl.arange(0, D)
     rows = row + tl.arange(0, BM)
-    inside = rows < T
-    q_tile = tl.load(q + rows[:, None] * stride_qt + d[None, :], mask=inside[:, None], other=0.0)
-    q_tile = q_tile.to(DOT)  # (BM, D)
+    q_tile = _tile(q, rows, stride_qt, T, D, DOT)
     m = tl.zeros([BM], tl.float32) - float("inf")
     total = tl.zeros([BM], tl.float32)
     mix = tl.zeros([BM, D], tl.float32)
     for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
         for i in range(masked if part == 0 else (free_stop - free) // BN):
-            column = free + i * BN
-            if part == 0:
-                column = begin + i * BN
-                column = tl.where(column < free, column, column + (free_stop - free))
-            # addresses anew in each turn: Triton 3.6 spills if pointers are carried across loops
-            columns = column + tl.arange(0, BN)
-            there = columns[:, None] < T
-            k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
-            scores = tl.dot(q_tile, tl.trans(k_tile.to(DOT)), input_precision="ieee")
+            columns = _block(i, begin, free, free_stop, BN, part)
+            k_tile = _tile(k, columns, stride_kt, T, D, DOT)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             scores *= scale * LOG2E  # (BM, BN)
             if part == 0:
                 visible = (columns[None, :] >= first[:, None]) & (columns[None, :] <= last[:, None])
@@ -244,14 +259,15 @@ def _forward(
             p = tl.exp2(scores - shift[:, None])
             shrink = tl.exp2(m - shift)
             total = total * shrink + tl.sum(p, 1)
-            v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
+            v_tile = _tile(v, columns, stride_vt, T, D, DOT)
             mix *= shrink[:, None]
-            mix = tl.dot(p.to(DOT), v_tile.to(DOT), mix, input_precision="ieee")
+            mix = tl.dot(p.to(DOT), v_tile, mix, input_precision="ieee")
             m = new_m
     o += (b * T * H + h) * D
+    d = tl.arange(0, D)
     mix = (mix / total[:, None]).to(o.dtype.element_ty)
-    tl.store(o + rows[:, None] * (H * D) + d[None, :], mix, mask=inside[:, None])
-    tl.store(lse + (b * H + h) * T + rows, (m + tl.log2(total)) / LOG2E, mask=inside)
+    tl.store(o + rows[:, None] * (H * D) + d[None, :], mix, mask=rows[:, None] < T)
+    tl.store(lse + (b * H + h) * T + rows, (m + tl.log2(total)) / LOG2E, mask=rows < T)
 
 
 @jit
@@ -264,55 +280,41 @@ def _backward_dq(
 ):  # fmt: skip
     """Program: BM rows of one head of one batch row, as `_forward`. Writes their dq and delta."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(T, BM)
-    program = tl.program_id(0)
-    row = (blocks - 1 - program % blocks) * BM
-    h = program // blocks % H
-    b = (program // (blocks * H)).to(tl.int64)
+    row, h, b = _place(tl.program_id(0), T, H, BM)
+    row = (tl.cdiv(T, BM) - 1) * BM - row
     q += b * stride_qb + h * stride_qh
     k += b * stride_kb + h // (H // G) * stride_kh
     v += b * stride_vb + h // (H // G) * stride_vh
-    if LIMITS:
-        start += b * T
-        end += b * T
     first, last, begin, free, free_stop, masked = _span(
-        start, end, row, T, False, CAUSAL, LIMITS, BM, BN
+        start, end, b, row, T, False, CAUSAL, LIMITS, BM, BN
     )
-    d = tl.arange(0, D)
     rows = row + tl.arange(0, BM)
     inside = rows < T
-    q_tile = tl.load(q + rows[:, None] * stride_qt + d[None, :], mask=inside[:, None], other=0.0)
-    q_tile = q_tile.to(DOT)  # (BM, D)
-    here = (b * T * H + h) * D + rows[:, None] * (H * D) + d[None, :]
-    o_tile = tl.load(o + here, mask=inside[:, None], other=0.0).to(tl.float32)
-    do_tile = tl.load(do + here, mask=inside[:, None], other=0.0)
+    q_tile = _tile(q, rows, stride_qt, T, D, DOT)
+    here = (b * T * H + h) * D
+    o_tile = _tile(o + here, rows, H * D, T, D, tl.float32)
+    do_tile = _tile(do + here, rows, H * D, T, D, DOT)
     line = (b * H + h) * T + rows
     delta_t = tl.sum(o_tile * do_tile.to(tl.float32), 1)
     delta_t -= tl.load(dlse + line, mask=inside, other=0.0)
     tl.store(delta + line, delta_t, mask=inside)
     lse_t = tl.load(lse + line, mask=inside, other=0.0) * LOG2E
-    do_tile = do_tile.to(DOT)
     grad = tl.zeros([BM, D], tl.float32)
     for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
         for i in range(masked if part == 0 else (free_stop - free) // BN):
-            column = free + i * BN
-            if part == 0:
-                column = begin + i * BN
-                column = tl.where(column < free, column, column + (free_stop - free))
-            columns = column + tl.arange(0, BN)
-            there = columns[:, None] < T
-            k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
-            v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
-            k_tile = k_tile.to(DOT)
+            columns = _block(i, begin, free, free_stop, BN, part)
+            k_tile = _tile(k, columns, stride_kt, T, D, DOT)
+            v_tile = _tile(v, columns, stride_vt, T, D, DOT)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             p = tl.exp2(scores * (scale * LOG2E) - lse_t[:, None])  # (BM, BN)
             if part == 0:  # after exp2: an invisible score can be above lse, and inf * 0 is NaN
                 visible = (columns[None, :] >= first[:, None]) & (columns[None, :] <= last[:, None])
                 p = tl.where(visible, p, 0.0)
-            dp = tl.dot(do_tile, tl.trans(v_tile.to(DOT)), input_precision="ieee")
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             ds = p * (dp - delta_t[:, None])
             grad = tl.dot(ds.to(DOT), k_tile, grad, input_precision="ieee")
-    tl.store(dq + here, (grad * scale).to(dq.dtype.element_ty), mask=inside[:, None])
+    dq += here + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    tl.store(dq, (grad * scale).to(dq.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
@@ -328,11 +330,7 @@ def _backward_dkv(
     Its tiles are transposed, (BN, BM), so that P and dS enter their products from registers.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(T, BN)
-    program = tl.program_id(0)
-    column = program % blocks * BN  # if causal the first columns have most to do
-    g = program // blocks % G
-    b = (program // (blocks * G)).to(tl.int64)
+    column, g, b = _place(tl.program_id(0), T, G, BN)  # if causal the first have most to do
     heads = H // G
     h = g * heads  # the first query head of the group
     q += b * stride_qb + h * stride_qh
@@ -341,49 +339,36 @@ def _backward_dkv(
     do += (b * T * H + h) * D
     lse += (b * H + h) * T
     delta += (b * H + h) * T
-    if LIMITS:
-        start += b * T
-        end += b * T
     first, last, begin, free, free_stop, masked = _span(
-        start, end, column, T, CAUSAL, False, LIMITS, BN, BM
+        start, end, b, column, T, CAUSAL, False, LIMITS, BN, BM
     )
-    d = tl.arange(0, D)
     columns = column + tl.arange(0, BN)
-    inside = columns[:, None] < T
-    k_tile = tl.load(k + columns[:, None] * stride_kt + d[None, :], mask=inside, other=0.0).to(DOT)
-    v_tile = tl.load(v + columns[:, None] * stride_vt + d[None, :], mask=inside, other=0.0).to(DOT)
+    k_tile = _tile(k, columns, stride_kt, T, D, DOT)
+    v_tile = _tile(v, columns, stride_vt, T, D, DOT)
     grad_k = tl.zeros([BN, D], tl.float32)
     grad_v = tl.zeros([BN, D], tl.float32)
     for part in tl.static_range(2):  # 0: blocks seen in part; 1: blocks seen entirely
         turns = masked if part == 0 else (free_stop - free) // BM
         # one loop over all heads of the group: a loop in a loop costs registers; D 128 spills
         for i in range(heads * turns):
-            row = free + i % turns * BM
-            if part == 0:
-                row = begin + i % turns * BM
-                row = tl.where(row < free, row, row + (free_stop - free))
+            rows = _block(i % turns, begin, free, free_stop, BM, part)
             h = i // turns
-            rows = row + tl.arange(0, BM)
             there = rows < T
-            q_tile = tl.load(
-                q + h * stride_qh + rows[:, None] * stride_qt + d[None, :],
-                mask=there[:, None], other=0.0,
-            ).to(DOT)  # (BM, D)  # fmt: skip
+            q_tile = _tile(q + h * stride_qh, rows, stride_qt, T, D, DOT)
             lse_t = tl.load(lse + h * T + rows, mask=there, other=0.0) * LOG2E
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(scores * (scale * LOG2E) - lse_t[None, :])  # (BN, BM)
             if part == 0:
                 visible = (rows[None, :] >= first[:, None]) & (rows[None, :] <= last[:, None])
                 p = tl.where(visible, p, 0.0)
-            do_tile = tl.load(
-                do + h * D + rows[:, None] * (H * D) + d[None, :], mask=there[:, None], other=0.0
-            ).to(DOT)  # (BM, D)
+            do_tile = _tile(do + h * D, rows, H * D, T, D, DOT)
             grad_v = tl.dot(p.to(DOT), do_tile, grad_v, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             delta_t = tl.load(delta + h * T + rows, mask=there, other=0.0)
             ds = p * (dp - delta_t[None, :])
             grad_k = tl.dot(ds.to(DOT), q_tile, grad_k, input_precision="ieee")
-    here = (b * T * G + g) * D + columns[:, None] * (G * D) + d[None, :]
+    here = (b * T * G + g) * D + columns[:, None] * (G * D) + tl.arange(0, D)[None, :]
+    inside = columns[:, None] < T
     tl.store(dk + here, (grad_k * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + here, grad_v.to(dv.dtype.element_ty), mask=inside)
 
@@ -396,18 +381,23 @@ KERNELS = {"forward": _forward, "dq": _backward_dq, "dkv": _backward_dkv}
 # are wgmma (which takes 64 rows or more for every 4 warps), and "other" claims at most 64 KiB of
 # shared memory, which any chip has. Most registers on sm_90, of forward, dq and dkv: D 64 138, 166,
 # 227, so that 3, 3 and 2 programs share a multiprocessor; D 128 255, 247, 248 for 1, 2 and 2.
-# float32 is there to be exact, not fast: some of it spills, dq at D 128 on every chip.
+# float32 is there to be exact, not fast; it does not spill either.
 CONFIGS = {
     "hopper": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 64, 4, 2)},
     "hopper, D 128": {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkv": (32, 64, 4, 2)},
     "other": {"forward": (128, 32, 8, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 8, 1)},
-    "float32": {"forward": (32, 32, 8, 1), "dq": (32, 16, 8, 1), "dkv": (32, 32, 8, 1)},
+    "float32": {"forward": (32, 32, 8, 1), "dq": (16, 16, 8, 1), "dkv": (16, 16, 4, 1)},
 }
 
 
-def _config(name: str, dtype: torch.dtype, D: int, hopper: bool) -> tuple[int, int, int, int]:
+def _constants(name: str, dtype: torch.dtype, D: int, hopper: bool) -> dict:
     row = "float32" if dtype == torch.float32 else "hopper" if hopper else "other"
-    return CONFIGS["hopper, D 128" if row == "hopper" and D > 64 else row][name]
+    row = "hopper, D 128" if row == "hopper" and D > 64 else row
+    BM, BN, warps, stages = CONFIGS[row][name]
+    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    # the interpreter multiplies the bit patterns of bfloat16 as if they were integers
+    constants = {"DOT": tl.float32 if INTERPRETED else dot[dtype], "D": D, "BM": BM, "BN": BN}
+    return constants | {"num_warps": warps, "num_stages": stages}
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -420,17 +410,14 @@ def _launch(name: str, pointers: tuple[Tensor | None, ...], causal: bool, scale:
     q, k, v, start = pointers[:4]
     B, T, H, D = q.shape
     G = k.shape[2]
-    BM, BN, warps, stages = _config(name, q.dtype, D, _is_hopper(q.device))
-    programs = B * (G * triton.cdiv(T, BN) if name == "dkv" else H * triton.cdiv(T, BM))
-    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    constants = _constants(name, q.dtype, D, _is_hopper(q.device))
+    constants |= {"CAUSAL": causal, "LIMITS": start is not None}
+    heads, size = (G, constants["BN"]) if name == "dkv" else (H, constants["BM"])
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     with torch.cuda.device_of(q):
-        KERNELS[name][(programs,)](
-            *pointers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, T, H, G,
-            CAUSAL=causal, LIMITS=start is not None,
-            # the interpreter multiplies the bit patterns of bfloat16 as if they were integers
-            DOT=tl.float32 if INTERPRETED else dot[q.dtype],
-            D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        KERNELS[name][(B * heads * triton.cdiv(T, size),)](
+            *pointers, *strides, scale, T, H, G, **constants
+        )
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -439,52 +426,35 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("kernels::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "kernels::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? end, bool causal, float scale)"
+    " -> (Tensor, Tensor)",
+)
+def _attention(q, k, v, start, end, causal, scale):
     o, lse = _outputs(q)
     _launch("forward", (q, k, v, start, end, o, lse), causal, scale)
     return o, lse
 
 
-@_attention.register_fake
-def _(q, k, v, start, end, causal, scale):
-    return _outputs(q)
-
-
-@torch.library.custom_op("kernels::attention_backward", mutates_args=())
-def _attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "kernels::attention_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? end, Tensor o, Tensor lse,"
+    " Tensor do, Tensor dlse, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(q, k, v, start, end, o, lse, do, dlse, causal, scale):
     do, dlse = do.contiguous(), dlse.contiguous()  # the gradient of a sum has stride 0
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)  # written by the first kernel for the second
-    limits = (start, end)
-    _launch("dq", (q, k, v, *limits, o, lse, do, dlse, dq, delta), causal, scale)
-    _launch("dkv", (q, k, v, *limits, lse, do, delta, dk, dv), causal, scale)
+    _launch("dq", (q, k, v, start, end, o, lse, do, dlse, dq, delta), causal, scale)
+    _launch("dkv", (q, k, v, start, end, lse, do, delta, dk, dv), causal, scale)
     return dq, dk, dv
 
 
-@_attention_backward.register_fake
-def _(q, k, v, start, end, o, lse, do, dlse, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+_attention.register_fake(lambda q, *_: _outputs(q))
+_attention_backward.register_fake(lambda *x: tuple(t.new_empty(t.shape) for t in x[:3]))
 
 
 def _setup_context(ctx, inputs, output):
@@ -501,7 +471,6 @@ _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> None:
-    # messages are built only where one is raised: torch.compile would fix T to print it
     if q.ndim != 4 or q.numel() == 0 or not q.is_floating_point():
         wanted = "floating-point (B, T, H, D), none of them 0"
         raise ValueError(f"q.shape={tuple(q.shape)} of {q.dtype} must be {wanted}")
@@ -512,21 +481,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tenso
         raise ValueError(f"k.shape={tuple(k.shape)} must be {wanted}")
     if v.shape != k.shape:
         raise ValueError(f"v.shape={tuple(v.shape)} must be {tuple(k.shape)}, as k")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype={x.dtype} must be {q.dtype}, as q")
-        if x.device != q.device:
+    for name, x in (("k", k), ("v", v), ("documents", documents)):
+        if x is not None and x.device != q.device:
             raise ValueError(f"{name}.device={x.device} must be {q.device}, as q")
+        if x is not documents and x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} must be {q.dtype}, as q")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1: a token sees itself")
-    if documents is not None:
-        x = documents
-        if x.shape != (B, T):
-            raise ValueError(f"documents.shape={tuple(x.shape)} must be {(B, T)}, as q")
-        if x.device != q.device:
-            raise ValueError(f"documents.device={x.device} must be {q.device}, as q")
-        if x.is_floating_point() or x.is_complex():
-            raise ValueError(f"documents.dtype={x.dtype} must be an integer type: they are ids")
+    if documents is not None and documents.shape != (B, T):
+        raise ValueError(f"documents.shape={tuple(documents.shape)} must be {(B, T)}, as q")
+    if documents is not None and (documents.is_floating_point() or documents.is_complex()):
+        raise ValueError(f"documents.dtype={documents.dtype} must be an integer type: they are ids")
 
 
 def _check_triton(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -594,34 +559,31 @@ def attention(
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU: bfloat16, causal, with and without limits, D 128 and 64."""
+    """What kernels/aot.py compiles: causal, D 128 and 64; bfloat16 of each chip, float32."""
+    tensors = {"forward": "xxxiixf", "dq": "xxxiixfxfxf", "dkv": "xxxiifxfxx"}
+    half, single = (torch.bfloat16, "*bf16"), (torch.float32, "*fp32")
     cases = []
-    for hopper, targets in ((True, ("sm_90",)), (False, ("sm_80", "gfx942"))):
-        for name, kernel in KERNELS.items():
-            for D, limits in ((128, False), (128, True), (64, False), (64, True)):
-                BM, BN, warps, stages = _config(name, torch.bfloat16, D, hopper)
-                constexprs = {"CAUSAL": True, "LIMITS": limits, "DOT": tl.bfloat16}
-                constexprs |= {"D": D, "BM": BM, "BN": BN}
-                if not limits:
-                    constexprs |= {"start": None, "end": None}
-                kinds = {"start": "*i32", "end": "*i32", "scale": "fp32"}
-                kinds |= dict.fromkeys(("lse", "dlse", "delta"), "*fp32")
-                kinds |= dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16")
-                kinds |= dict.fromkeys(constexprs, "constexpr")
-                signature = {a: kinds.get(a, "i32") for a in kernel.arg_names}
-                wide = [a for a, kind in signature.items() if kind[0] == "*" or "stride" in a]
-                cases.append(
-                    {
-                        "name": f"attention{kernel.__name__}, D {D}{', limits' if limits else ''}",
-                        "kernel": kernel,
-                        "signature": signature,
-                        "constexprs": constexprs,
-                        "divisible": [*wide, "T"],
-                        "options": {"num_warps": warps, "num_stages": stages},
-                        "expect": {"wgmma", "vector16"},
-                        "targets": targets,
-                    }
-                )
+    for targets, hopper, (dtype, x), limits, expect in (
+        (("sm_90",), True, half, (False, True), {"wgmma", "vector16"}),
+        (("sm_80", "gfx942"), False, half, (False, True), {"wgmma", "vector16"}),
+        (("sm_80", "sm_90", "gfx942"), False, single, (True,), {"vector16"}),
+    ):
+        for (name, letters), D, limit in itertools.product(tensors.items(), (128, 64), limits):
+            kinds = {"x": x, "i": "*i32" if limit else "", "f": "*fp32"}
+            types = [kinds[letter] for letter in letters]
+            launch = _constants(name, dtype, D, hopper) | {"CAUSAL": True, "LIMITS": limit}
+            options = (", limits" if limit else "") + (", fp32" if dtype == torch.float32 else "")
+            cases.append(
+                {
+                    "name": f"attention{KERNELS[name].__name__}, D {D}{options}",
+                    "kernel": KERNELS[name],
+                    "types": " ".join([*types, *9 * ["i32"], "fp32 i32 i32 i32"]),
+                    "launch": launch | ({} if limit else {"start": None, "end": None}),
+                    "any": ("H", "G"),
+                    "expect": expect,
+                    "targets": targets,
+                }
+            )
     return cases
 
 
@@ -654,12 +616,9 @@ def check(device: str, T: int) -> None:
         assert max(errors) < 2e-5, "this is not attention"
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] > k.shape[1]
-    with sdpa_kernel(backend):
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    return o.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def milliseconds(way, B: int, T: int, H: int, G: int, D: int) -> tuple[float, float]:
@@ -679,21 +638,15 @@ def benchmark() -> None:
         print("ok in Triton's interpreter; there is no GPU to time")
         return
     check("cuda", 500)
-    ways = {"triton": attention}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        ways[f"SDPA {backend.name}"] = partial(sdpa, backend=backend)
     print(f"{torch.cuda.get_device_name()}; TFLOP/s count 2 products forward and 5 backward")
-    for B, T, H, G, D in ((128, 512, 4, 2, 128), (128, 512, 8, 8, 64), (8, 4096, 16, 4, 128)):
-        print(f"B {B}, T {T}, H {H}, G {G}, D {D}: forward ms, TFLOP/s; with backward ms, TFLOP/s")
-        for name, way in ways.items():
-            try:
-                forward, both = milliseconds(way, B, T, H, G, D)
-            except RuntimeError as error:  # a back end that is not built in, or takes no such input
-                print(f"    {name:24} did not run: {str(error).splitlines()[0]}")
-                continue
-            gflop = 2 * B * T * T * H * D / 1e9
-            rates = f"{forward:8.3f} {gflop / forward:6.0f} {both:8.3f} {3.5 * gflop / both:6.0f}"
-            print(f"    {name:24} {rates}")
+    for shape in ((128, 512, 4, 2, 128), (128, 512, 8, 8, 64), (8, 4096, 16, 4, 128)):
+        print("B {}, T {}, H {}, G {}, D {}: forward, then with backward".format(*shape))
+        B, T, H, _, D = shape
+        gflop = 2 * B * T * T * H * D / 1e9
+        for name, way in (("triton", attention), ("torch's SDPA", sdpa)):
+            forward, both = milliseconds(way, *shape)
+            print(f"    {name:16}{forward:8.3f} ms {gflop / forward:6.0f} TFLOP/s", end="")
+            print(f"{both:8.3f} ms {3.5 * gflop / both:6.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

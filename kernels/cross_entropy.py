@@ -47,6 +47,7 @@ the kernel in Triton's interpreter (6 s on 2 cores of an AMD EPYC (Zen 3)) and p
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,8 @@ def jit(kernel):
     return triton.jit(kernel) if triton else kernel
 
 
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Widest row -> (logits in a tile, warps). All hold 32 logits in each thread, four 16-byte loads of
@@ -72,6 +75,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 92 to 128 registers, 194 to 254 in tiles, no spills. Not yet measured on a GPU.
 ROWS = {4096: (4096, 4), 8192: (8192, 8), 16384: (16384, 16)}
 LONG_ROW = (8192, 8)
+SCALE_TILE = {"BLOCK": 4096, "num_warps": 4}
 
 
 def cross_entropy_reference(
@@ -208,45 +212,52 @@ def _scale_rows(
         tl.store(x_ptr + c, value.to(x_ptr.dtype.element_ty), mask=c < V)
 
 
-def row_configuration(V: int) -> tuple[int, int, int]:
-    """Logits in a tile, tiles in a row, warps."""
+def row_tiles(V: int) -> dict:
+    """TILES, BLOCK and num_warps for rows of V logits."""
     for widest, (block, warps) in ROWS.items():
         if V <= widest:
-            return min(block, triton.next_power_of_2(V)), 1, warps
+            block = min(block, triton.next_power_of_2(V))
+            return {"TILES": 1, "BLOCK": block, "num_warps": warps}
     block, warps = LONG_ROW
-    return block, triton.cdiv(V, block), warps
+    return {"TILES": triton.cdiv(V, block), "BLOCK": block, "num_warps": warps}
 
 
-@torch.library.custom_op("kernels::cross_entropy", mutates_args=())
-def cross_entropy_op(
-    logits: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses (N,) float32 and their gradient (N, V), or (0, V) if not wanted, times scale ()."""
+def run_kernel(
+    logits: Tensor, targets: Tensor, scale: Tensor, losses: Tensor, gradient: Tensor, *options
+) -> None:
+    """Writes losses (N,) and gradient (N, V), both times scale ().
+
+    The gradient may be the logits themselves; options are those of `cross_entropy_op`.
+    """
+    ignore_index, e, z_loss, softcap, with_gradient = options
     N, V = logits.shape
-    losses = logits.new_empty(N, dtype=torch.float32)
-    gradient = logits.new_empty(N if with_gradient else 0, V)
-    block, tiles, warps = row_configuration(V)
     with torch.cuda.device_of(logits):
         _cross_entropy[(N,)](
             logits, targets, scale, losses, gradient, logits.stride(0), V, V, ignore_index,
-            label_smoothing, label_smoothing / V, z_loss, softcap, with_gradient, tiles, block,
-            num_warps=warps,
+            e, e / V, z_loss, softcap, with_gradient, **row_tiles(V),
         )  # fmt: skip
-    return losses, gradient
 
 
-@cross_entropy_op.register_fake
-def _(logits, targets, scale, ignore_index, label_smoothing, z_loss, softcap, with_gradient):
+def _outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses (N,) float32 and their gradient (N, V), or (0, V) if not wanted."""
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
     return losses, logits.new_empty(N if with_gradient else 0, V)
+
+
+@torch.library.custom_op(
+    "kernels::cross_entropy",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor targets, Tensor scale, int ignore_index, float label_smoothing,"
+    " float z_loss, float softcap, bool with_gradient) -> (Tensor, Tensor)",
+)
+def cross_entropy_op(logits, targets, scale, *options):
+    losses, gradient = _outputs(logits, options[-1])
+    run_kernel(logits, targets, scale, losses, gradient, *options)
+    return losses, gradient
+
+
+cross_entropy_op.register_fake(lambda logits, *options: _outputs(logits, options[-1]))
 
 
 @torch.library.custom_op("kernels::scale_rows_", mutates_args=("x",))
@@ -254,7 +265,7 @@ def scale_rows_(x: Tensor, factors: Tensor) -> None:
     """Row n of x (N, V) times factors[n], in place."""
     N, V = x.shape
     with torch.cuda.device_of(x):
-        _scale_rows[(N,)](x, factors, factors.stride(0), V, BLOCK=4096, num_warps=4)
+        _scale_rows[(N,)](x, factors, factors.stride(0), V, **SCALE_TILE)
 
 
 def save_gradient(ctx, inputs, output):
@@ -281,50 +292,47 @@ def backward(ctx, upstream, _):
 cross_entropy_op.register_autograd(backward, setup_context=save_gradient)
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value!r} must be {wanted}")
-
-
-def _use_triton(implementation: str, x: Tensor) -> bool:
-    """Whether the kernel runs; raises where it was asked for and cannot."""
-    _require(
-        implementation in ("auto", "reference", "triton"),
-        "implementation", implementation, "'auto', 'reference' or 'triton'",
-    )  # fmt: skip
+def use_triton(implementation: str, name: str, x: Tensor) -> bool:
+    """Whether the kernel runs on x, called `name`; raises where it was asked for and cannot."""
+    if implementation not in IMPLEMENTATIONS:
+        wanted = "'auto', 'reference' or 'triton'"
+        raise ValueError(f"implementation={implementation!r} must be {wanted}")
     if implementation != "triton":
         able = triton is not None and x.is_cuda and x.dtype in DTYPES
         return implementation == "auto" and able
     if triton is None:
         raise ImportError("implementation='triton' needs Triton: pip install triton")
-    interpreted = not isinstance(_cross_entropy, triton.JITFunction)
-    wanted = "a GPU; for Triton's interpreter set TRITON_INTERPRET=1 before importing this file"
-    _require(x.is_cuda or interpreted, "logits.device", str(x.device), wanted)
-    _require(x.dtype in DTYPES, "logits.dtype", x.dtype, f"one of {DTYPES}")
-    unit = x.shape[-1] == 1 or x.stride(-1) == 1
-    _require(unit, "logits.stride(-1)", x.stride(-1), "1; call .contiguous() first")
+    if not x.is_cuda and isinstance(_cross_entropy, triton.JITFunction):
+        wanted = "a GPU; for Triton's interpreter set TRITON_INTERPRET=1 before importing this file"
+        raise ValueError(f"{name}.device={str(x.device)!r} must be {wanted}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}.dtype={x.dtype} must be one of {DTYPES}")
     return True
 
 
-def _check(logits: Tensor, targets: Tensor, weight, ignore_index: int, options: dict) -> None:
-    V = logits.shape[-1] if logits.ndim else 0
-    _require(V > 0, "logits.shape", tuple(logits.shape), "(..., V) with at least one class")
-    integer = not (targets.is_floating_point() or targets.is_complex())
-    _require(integer, "targets.dtype", targets.dtype, "an integer type: targets are class indices")
-    lead = tuple(logits.shape[:-1])
-    _require(targets.shape == lead, "targets.shape", tuple(targets.shape), f"{lead}, logits' own")
-    same = targets.device == logits.device
-    _require(same, "targets.device", str(targets.device), f"{logits.device}, as logits")
-    _require(weight is None, "weight", weight, "None: torch.nn.functional.cross_entropy has them")
-    smoothing, z_loss, softcap = options.values()
-    _require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
-    _require(z_loss >= 0, "z_loss", z_loss, ">= 0")
-    _require(softcap >= 0, "softcap", softcap, ">= 0; 0 is none")
+def check(name: str, x: Tensor, targets: Tensor, V: int, options: tuple) -> None:
+    """ValueError for targets in V classes that do not fit x, called `name`, and for options."""
+    ignore_index, label_smoothing, z_loss, softcap = options
+    if targets.is_floating_point() or targets.is_complex():
+        wanted = "an integer type: targets are class indices"
+        raise ValueError(f"targets.dtype={targets.dtype} must be {wanted}")
+    lead = tuple(x.shape[:-1])
+    if targets.shape != lead:
+        raise ValueError(f"targets.shape={tuple(targets.shape)} must be {lead}, as {name}")
+    if targets.device != x.device:
+        raise ValueError(f"targets.device='{targets.device}' must be {x.device}, as {name}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss={z_loss} must be >= 0")
+    if not softcap >= 0:
+        raise ValueError(f"softcap={softcap} must be >= 0; 0 is none")
     # on a GPU the look at the values would wait for it
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
-        wanted = f"a class in [0, {V - 1}] or ignore_index={ignore_index}"
-        _require(len(wrong) == 0, "targets", wrong[:1].tolist(), wanted)
+        if len(wrong):
+            wanted = f"a class in [0, {V - 1}] or ignore_index={ignore_index}"
+            raise ValueError(f"targets={wrong[:1].tolist()} must be {wanted}")
 
 
 def cross_entropy(
@@ -357,16 +365,26 @@ def cross_entropy(
     With "triton", backward runs once (a second one, after retain_graph=True, raises RuntimeError)
     and has no second derivative. Raises: ValueError for shapes, types and values outside these.
     """
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
-    _check(logits, targets, weight, ignore_index, options)
-    known = ("mean", "sum", "none")
-    _require(reduction in known, "reduction", reduction, f"one of {known}")
-    kernel = _use_triton(implementation, logits)
+    V = logits.shape[-1] if logits.ndim else 0
+    if V == 0:
+        shape = tuple(logits.shape)
+        raise ValueError(f"logits.shape={shape} must be (..., V) with at least one class")
+    if weight is not None:
+        wanted = "None: torch.nn.functional.cross_entropy has them"
+        raise ValueError(f"weight={weight!r} must be {wanted}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}")
+    options = ignore_index, label_smoothing, z_loss, softcap
+    check("logits", logits, targets, V, options)
+    kernel = use_triton(implementation, "logits", logits)
+    if kernel and V > 1 and logits.stride(-1) != 1:
+        stride = logits.stride(-1)
+        raise ValueError(f"logits.stride(-1)={stride} must be 1; call .contiguous() first")
     y = targets.reshape(-1).long()  # (N,)
-    x = logits.reshape(len(y), logits.shape[-1])
+    x = logits.reshape(len(y), V)
     count = (y != ignore_index).sum().clamp(min=1)  # () on the device
     if not kernel:
-        losses = cross_entropy_reference(x, y, ignore_index, **options)
+        losses = cross_entropy_reference(x, y, *options)
         losses = losses / count if reduction == "mean" else losses
     else:
         one = torch.ones((), device=x.device)
@@ -374,71 +392,48 @@ def cross_entropy(
         # p / N is 0 in float16, whose smallest number is 6e-8: there backward divides, in float32
         half = x.dtype == torch.float16
         with_gradient = torch.is_grad_enabled() and x.requires_grad
-        losses, _ = cross_entropy_op(
-            x, y, one if half else scale, ignore_index, *options.values(), with_gradient
-        )
+        losses, _ = cross_entropy_op(x, y, one if half else scale, *options, with_gradient)
         losses = losses * scale if half else losses
     return losses.reshape(targets.shape) if reduction == "none" else losses.sum()
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU: a row in registers of each size, a long one, all options."""
-    pointers = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "scale_ptr": "*fp32"}
-    pointers |= {"losses_ptr": "*fp32", "gradient_ptr": "*bf16"}
-    integers = dict.fromkeys(("logits_stride", "gradient_stride", "V", "ignore_index"), "i32")
+    """What kernels/aot.py compiles: a row in registers of each size, a long one, all options."""
     cases = []
     for V, options in ((4096, 0), (4096, 1), (8192, 1), (16384, 1), (50304, 0), (128256, 1)):
-        block, tiles, warps = row_configuration(V)
         e, z, softcap = (0.1, 1e-4, 30.0) if options else (0.0, 0.0, 0.0)
-        constexprs = {"SMOOTHING": e, "SHARE": e / V, "Z_LOSS": z, "SOFTCAP": softcap}
-        constexprs |= {"WITH_GRADIENT": True, "TILES": tiles, "BLOCK": block}
+        launch = {"SMOOTHING": e, "SHARE": e / V, "Z_LOSS": z, "SOFTCAP": softcap}
         cases.append(
             {
                 "name": f"cross_entropy V {V}" + options * ", all options",
                 "kernel": _cross_entropy,
-                "signature": pointers | integers | dict.fromkeys(constexprs, "constexpr"),
-                "constexprs": constexprs,
-                "divisible": [*pointers, "logits_stride", "gradient_stride", "V"],
-                "options": {"num_warps": warps, "num_stages": 3},
-                "expect": {"vector16"},
+                "types": "*bf16 *i64 *fp32 *fp32 *bf16 i32 i32 i32 i32",
+                "launch": launch | {"WITH_GRADIENT": True} | row_tiles(V),
+                "any": ("ignore_index",),
             }
         )
-    signature = {"x_ptr": "*bf16", "factors_ptr": "*fp32", "factors_stride": "i32", "V": "i32"}
-    cases.append(
-        {
-            "name": "cross_entropy scale_rows",
-            "kernel": _scale_rows,
-            "signature": signature | {"BLOCK": "constexpr"},
-            "constexprs": {"BLOCK": 4096},
-            "divisible": ["x_ptr", "factors_ptr", "V"],
-            "options": {"num_warps": 4, "num_stages": 3},
-            "expect": {"vector16"},
-        }
-    )
-    return cases
+    scale_rows = {"name": "cross_entropy scale_rows", "kernel": _scale_rows, "launch": SCALE_TILE}
+    return [*cases, scale_rows | {"types": "*bf16 *fp32 i32 i32", "any": ("factors_stride",)}]
 
 
 def benchmark() -> None:
     """Forward and backward in ms, and the GB/s of one read and one write of the logits."""
-    copy = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    fastest = 2 * 2**30 / triton.testing.do_bench(lambda: copy.clone()) / 1e6
-    print(f"{torch.cuda.get_device_name()}, a copy {fastest:.0f} GB/s; warm cache, median")
-    compiled = torch.compile(F.cross_entropy)
-    for N, V in ((65536, 4096), (131072, 4096), (4096, 50304), (4096, 128256)):
+    print(f"{torch.cuda.get_device_name()}; cold cache")
+
+    def step(function, logits, targets):
+        return torch.autograd.grad(function(logits, targets), logits)
+
+    for N, V in ((65536, 4096), (4096, 128256)):
         logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
         targets = torch.randint(V, (N,), device="cuda")
         for name, function in (
             ("torch", F.cross_entropy),
-            ("torch.compile", compiled),
+            ("compiled", torch.compile(F.cross_entropy)),
             ("triton", cross_entropy),
         ):
-
-            def step(function=function, logits=logits, targets=targets):
-                return torch.autograd.grad(function(logits, targets), logits)
-
-            ms = triton.testing.do_bench(step, return_mode="median")
-            rate = 2 * logits.nbytes / ms / 1e6
-            print(f"{N:7} x {V:6} {name:14}{ms:8.3f} ms {rate:6.0f} GB/s {rate / fastest:5.0%}")
+            ms = triton.testing.do_bench(partial(step, function, logits, targets))
+            rate = 2e-6 * logits.nbytes / ms
+            print(f"{N:7} x {V:6} {name:9}{ms:8.3f} ms {rate:6.0f} GB/s")
 
 
 def main() -> None:

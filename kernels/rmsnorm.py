@@ -33,6 +33,7 @@ GPU; without one it checks the kernels in Triton's interpreter and prints, from 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,14 +46,16 @@ try:
 except ImportError:  # the reference works without it
     triton = None
 
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Backward's programs, each with a private sum for dg: four for each of the 132 multiprocessors of
 # an H100 or H200, where 126 registers and 4 warps let four run at once. Not yet measured on a GPU.
 PROGRAMS = 528
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
 
 
 def rmsnorm_reference(
@@ -166,19 +169,13 @@ def _rmsnorm(
     N, C = x.shape
     y, s, rstd = _outputs(x, residual)
     tile = _tile(C)
-    strides = x.stride(0), 0 if residual is None else residual.stride(0)
-    sum_or_none = None if residual is None else s
+    written, r_stride = (None, 0) if residual is None else (s, residual.stride(0))
     if N:
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(N, tile["ROWS"]),)](
-                x, residual, weight, y, sum_or_none, rstd, *strides, N, C, eps, **tile
+                x, residual, weight, y, written, rstd, x.stride(0), r_stride, N, C, eps, **tile
             )
     return y, s, rstd
-
-
-@_rmsnorm.register_fake
-def _(x, weight, eps, residual):
-    return _outputs(x, residual)
 
 
 @torch.library.custom_op("kernels::rmsnorm_backward", mutates_args=())
@@ -187,10 +184,10 @@ def _rmsnorm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx (N, C) in the type of s, dg (C,) in that of weight."""
     N, C = s.shape
-    dx = torch.empty((N, C), dtype=s.dtype, device=s.device)
+    dx = s.new_empty((N, C))
     tile = _tile(C)
     programs = min(PROGRAMS, triton.cdiv(N, tile["ROWS"]))
-    dg = torch.empty((programs, C), dtype=torch.float32, device=s.device)
+    dg = s.new_empty((programs, C), dtype=torch.float32)
     dy = dy.contiguous()  # the gradient of a sum has stride 0
     ds = None if ds is None else ds.contiguous()
     if N:
@@ -199,9 +196,10 @@ def _rmsnorm_backward(
     return dx, dg.sum(0).to(weight.dtype)
 
 
-@_rmsnorm_backward.register_fake
-def _(dy, ds, s, weight, rstd):
-    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+_rmsnorm.register_fake(lambda x, weight, eps, residual: _outputs(x, residual))
+_rmsnorm_backward.register_fake(
+    lambda dy, ds, s, weight, rstd: (s.new_empty(s.shape), weight.new_empty(weight.shape))
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -221,19 +219,35 @@ def _differentiate(ctx, dy, ds, _):
 _rmsnorm.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value} must be {wanted}")
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    C = x.shape[-1] if x.ndim else 0
+    if C == 0:
+        raise ValueError(f"x.shape={tuple(x.shape)} must be (..., C) with C at least 1")
+    if weight.shape != (C,):
+        raise ValueError(f"weight.shape={tuple(weight.shape)} must be ({C},), as x.shape[-1]")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual.shape={tuple(residual.shape)} must be {tuple(x.shape)}, as x")
 
 
-def _use_triton(implementation: str, x: Tensor) -> bool:
-    names = ("auto", "reference", "triton")
-    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
-    if implementation == "auto":
-        return triton is not None and x.is_cuda and x.dtype in DTYPES
-    if implementation == "triton" and triton is None:
+def _check_triton(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if triton is None:
         raise ImportError("implementation='triton' needs Triton: pip install triton")
-    return implementation == "triton"
+    if not (x.is_cuda or INTERPRETED):
+        wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+        raise ValueError(f"x.device={x.device} must be {wanted}")
+    C = x.shape[-1]
+    if C > 8192:
+        raise ValueError(f"x.shape[-1]={C} must be at most 8192: a row lives in registers")
+    for name, a in (("x", x), ("weight", weight), ("residual", residual)):
+        if a is None:
+            continue
+        if a.dtype not in DTYPES:
+            raise ValueError(f"{name}.dtype={a.dtype} must be one of {DTYPES}")
+        if a.device != x.device:
+            raise ValueError(f"{name}.device={a.device} must be {x.device}, as x")
+        if a.stride(-1) != 1 and C > 1:
+            stride = a.stride(-1)
+            raise ValueError(f"{name}.stride(-1)={stride} must be 1; call .contiguous() first")
 
 
 def rmsnorm(
@@ -253,67 +267,51 @@ def rmsnorm(
             Triton is installed, else the reference. The kernels want C <= 8192 and a last axis of
             stride 1, and copy x only if its other axes cannot be seen as one.
     """
-    C = x.shape[-1] if x.ndim else 0
-    _require(C > 0, "x.shape", tuple(x.shape), "(..., C) with C at least 1")
-    _require(weight.shape == (C,), "weight.shape", tuple(weight.shape), f"({C},), as x.shape[-1]")
-    if residual is not None:
-        wanted = f"{tuple(x.shape)}, as x"
-        _require(residual.shape == x.shape, "residual.shape", tuple(residual.shape), wanted)
-    if not _use_triton(implementation, x):
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
+    _check(x, weight, residual)
+    able = triton is not None and x.is_cuda and x.dtype in DTYPES
+    if implementation == "reference" or (implementation == "auto" and not able):
         return rmsnorm_reference(x, weight, eps, residual)
-    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
-    _require(x.is_cuda or INTERPRETED, "x.device", x.device, wanted)
-    _require(C <= 8192, "x.shape[-1]", C, "at most 8192: a row lives in registers")
-    for name, a in (("x", x), ("weight", weight), ("residual", residual)):
-        if a is not None:
-            _require(a.dtype in DTYPES, f"{name}.dtype", a.dtype, f"one of {DTYPES}")
-            _require(a.device == x.device, f"{name}.device", a.device, f"{x.device}, as x")
-            unit = a.stride(-1) == 1 or C == 1
-            _require(unit, f"{name}.stride(-1)", a.stride(-1), "1; call .contiguous() first")
+    _check_triton(x, weight, residual)
+    C = x.shape[-1]
     rows = None if residual is None else residual.reshape(-1, C)
     y, s, _ = torch.ops.kernels.rmsnorm(x.reshape(-1, C), weight, eps, rows)
     return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU: both kernels with residual, at two widths."""
-    cases = []
-    for kernel, types in (
-        (_forward, "*bf16 *bf16 *fp32 *bf16 *bf16 *fp32 i32 i32 i32 i32 fp32 constexpr constexpr"),
-        (_backward, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 i32 i32 i32 constexpr constexpr"),
-    ):
-        signature = dict(zip(kernel.arg_names, types.split()))
-        for C in (512, 8192):
-            tile = _tile(C)
-            cases.append(
-                {
-                    "name": f"rmsnorm{kernel.__name__}, C {C}",
-                    "kernel": kernel,
-                    "signature": signature,
-                    "options": {"num_warps": tile.pop("num_warps"), "num_stages": 3},
-                    "constexprs": tile,
-                    "divisible": [a for a, kind in signature.items() if kind[0] in "*i"],
-                    "expect": {"vector16"},
-                }
-            )
-    return cases
+    """What kernels/aot.py compiles: both kernels with residual, at two widths."""
+    forward = "*bf16 *bf16 *fp32 *bf16 *bf16 *fp32 i32 i32 i32 i32 fp32"
+    backward = "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 i32 i32 i32"
+    return [
+        {
+            "name": f"rmsnorm{kernel.__name__}, C {C}",
+            "kernel": kernel,
+            "types": types,
+            "launch": _tile(C),
+        }
+        for kernel, types in ((_forward, forward), (_backward, backward))
+        for C in (512, 8192)
+    ]
 
 
-def benchmark(N: int = 65_536, C: int = 512) -> None:
-    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+def benchmark() -> None:
+    """Errors against float64; on a GPU also ms and GB/s of both passes, from a cold cache."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
-    N, C, kind = (N, C, {"dtype": torch.bfloat16, "device": "cuda"}) if gpu else (100, 96, {})
+    on_gpu = {"dtype": torch.bfloat16, "device": "cuda"}
+    N, C, kind = (65_536, 512, on_gpu) if gpu else (100, 96, {})
     x, r, dy, ds = torch.randn((4, N, C), **kind)
-    g = torch.randn(C, **kind)
-    inputs = [a.requires_grad_() for a in (x.clone(), g, r.clone())]
+    inputs = [a.requires_grad_() for a in (x.clone(), torch.randn(C, **kind), r.clone())]
 
     def run(f, inputs):
-        y, s = f(inputs[0], inputs[1], 1e-6, inputs[2])
-        return y, s, *torch.autograd.grad((y, s), inputs, (dy.to(y), ds.to(y)), retain_graph=True)
+        x, g, r = inputs
+        y, s = f(x, g, 1e-6, r)
+        return y, s, *torch.autograd.grad((y, s), inputs, (dy.to(y), ds.to(y)))
 
     exact = run(rmsnorm_reference, [a.detach().double().requires_grad_() for a in inputs])
-    ours = run(lambda *a: rmsnorm(*a, implementation="triton"), inputs)
+    ours = run(partial(rmsnorm, implementation="triton"), inputs)
     y, s, dx, dg, _ = ((a - b).abs().max().item() for a, b in zip(ours, exact))
     place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
     print(f"{N} rows of {C}, {x.dtype}, {place}; errors against float64:")
@@ -321,20 +319,13 @@ def benchmark(N: int = 65_536, C: int = 512) -> None:
     if not gpu:
         assert max(y, s, dx, dg) < 2e-5, "this is not RMSNorm"
         return
-    pass_gb = x.numel() * x.element_size() / 1e9
-    print("x + r, norm     forward ms   GB/s    backward ms   GB/s")
     for name, f in (
         ("eager", rmsnorm_reference),
         ("compiled", torch.compile(rmsnorm_reference)),
         ("triton", rmsnorm),
     ):
-        outputs = f(inputs[0], g, 1e-6, inputs[2])
-        forward = triton.testing.do_bench(lambda f=f: f(inputs[0], g, 1e-6, inputs[2]))
-        backward = triton.testing.do_bench(
-            lambda o=outputs: torch.autograd.grad(o, inputs, (dy, ds), retain_graph=True)
-        )
-        rates = [4 * pass_gb / (1e-3 * ms) for ms in (forward, backward)]  # both move 4 passes
-        print(f"{name:14} {forward:11.3f} {rates[0]:6.0f} {backward:14.3f} {rates[1]:6.0f}")
+        ms = triton.testing.do_bench(partial(run, f, inputs))
+        print(f"{name:9}{ms:8.3f} ms {8e-6 * x.nbytes / ms:6.0f} GB/s")  # 4 passes each way
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ interpreter and prints, from seed 0,
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,15 +55,17 @@ try:
 except ImportError:  # the reference works without it
     triton = None
 
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Backward's programs with QK-norm, each with private sums for the gains: five for each of the 132
 # multiprocessors of an H100 or H200, where 96 registers and 4 warps let five run at once. Not yet
 # measured on a GPU.
 PROGRAMS = 660
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
 
 
 def rope_reference(
@@ -226,17 +229,13 @@ def _tile(N: int, H: int, G: int, D: int) -> tuple[int, dict]:
     return tiles, {"HALF": D // 2, "ROWS": rows, "BLOCK": block, "num_warps": 4}
 
 
-@torch.library.custom_op("kernels::rope", mutates_args=())
-def _rope(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_gain: Tensor | None,
-    k_gain: Tensor | None,
-    eps: float,
-    H: int,
-    G: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "kernels::rope",
+    mutates_args=(),
+    schema="(Tensor x, Tensor cos, Tensor sin, Tensor? q_gain, Tensor? k_gain, float eps, int H,"
+    " int G) -> (Tensor, Tensor, Tensor)",
+)
+def _rope(x, cos, sin, q_gain, k_gain, eps, H, G):
     """q, k, v of x (B, T, H + 2G, D); with G = 0 only q, while k and v have no heads."""
     B, T, _, D = x.shape
     q, k, v = (x.new_empty((B, T, heads, D)) for heads in (H, G, G))
@@ -253,18 +252,13 @@ def _(x, cos, sin, q_gain, k_gain, eps, H, G):
     return tuple(x.new_empty((*x.shape[:2], heads, x.shape[3])) for heads in (H, G, G))
 
 
-@torch.library.custom_op("kernels::rope_backward", mutates_args=())
-def _rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    x: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_gain: Tensor | None,
-    k_gain: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "kernels::rope_backward",
+    mutates_args=(),
+    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor? x, Tensor cos, Tensor sin, Tensor? q_gain,"
+    " Tensor? k_gain, float eps) -> (Tensor, Tensor)",
+)
+def _rope_backward(dq, dk, dv, x, cos, sin, q_gain, k_gain, eps):
     """dx (B, T, H + 2G, D), and the gradients of both gains: (2, D) float32, (2, 0) without."""
     dq, dk, dv = (a.contiguous() for a in (dq, dk, dv))  # those of a sum have stride 0
     B, T, H, D = dq.shape
@@ -279,16 +273,15 @@ def _rope_backward(
         with torch.cuda.device_of(dq):
             _backward[(programs,)](
                 dq, dk, dv, x, cos, sin, q_gain, k_gain, dx, d_gain, *sizes, eps, H, G, **tile
-            )  # fmt: skip
+            )
     return dx, d_gain.sum(1)
 
 
 @_rope_backward.register_fake
 def _(dq, dk, dv, x, cos, sin, q_gain, k_gain, eps):
     B, T, H, D = dq.shape
-    width = D if x is not None else 0
     dx = dq.new_empty((B, T, H + 2 * dk.shape[2], D))
-    return dx, dq.new_empty((2, width), dtype=torch.float32)
+    return dx, dq.new_empty((2, D if x is not None else 0), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -307,45 +300,56 @@ def _differentiate(ctx, dq, dk, dv):
 _rope.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value} must be {wanted}")
-
-
-def _use_triton(implementation: str, x: Tensor) -> bool:
-    names = ("auto", "reference", "triton")
-    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
-    if implementation == "auto":
-        return triton is not None and x.is_cuda and x.dtype in DTYPES
-    if implementation == "triton" and triton is None:
-        raise ImportError("implementation='triton' needs Triton: pip install triton")
-    return implementation == "triton"
-
-
-def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, gains: dict, kernels: bool) -> None:
-    """ValueError for shapes that do not fit, and for what the kernels cannot take."""
+def _check(name: str, x: Tensor, tables: dict, gains: dict) -> None:
     D = x.shape[-1] if x.ndim == 4 else 0
-    _require(D > 0 and D % 2 == 0, f"{name}.shape", tuple(x.shape), "(B, T, heads, D) with even D")
-    row = x.shape[1], D // 2
-    tables = {"cos": (cos, row), "sin": (sin, row)}
-    given = {label: (gain, (D,)) for label, gain in gains.items() if gain is not None}
-    _require(len(given) != 1, "the gains given", list(given), "both or none")
-    for label, (a, shape) in (tables | given).items():
-        _require(a.shape == shape, f"{label}.shape", tuple(a.shape), f"{shape} for {name}'s shape")
-    if not kernels:
-        return
-    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
-    _require(x.is_cuda or INTERPRETED, f"{name}.device", x.device, wanted)
-    _require(D <= 2048, f"{name}.shape[-1]", D, "at most 2048: a head lives in registers")
-    _require(x.dtype in DTYPES, f"{name}.dtype", x.dtype, f"one of {DTYPES}")
-    _require(x.stride(-1) == 1, f"{name}.stride(-1)", x.stride(-1), "1; call .contiguous() first")
-    for label, (a, _) in (tables | given).items():
-        wanted = DTYPES if label in given else DTYPES[:1]
-        _require(a.dtype in wanted, f"{label}.dtype", a.dtype, f"one of {wanted}")
-        _require(a.device == x.device, f"{label}.device", a.device, f"{x.device}, as {name}")
-        _require(a.is_contiguous(), f"{label}.stride()", a.stride(), "contiguous")
-    kinds = [a.dtype for a, _ in given.values()]
-    _require(len(set(kinds)) < 2, "the gains' dtypes", kinds, "the same")
+    if D == 0 or D % 2:
+        raise ValueError(f"{name}.shape={tuple(x.shape)} must be (B, T, heads, D) with even D")
+    if len(gains) == 1:
+        raise ValueError(f"the gains given={list(gains)} must be both or none")
+    for label, a in (tables | gains).items():
+        shape = (x.shape[1], D // 2) if label in tables else (D,)
+        if a.shape != shape:
+            raise ValueError(f"{label}.shape={tuple(a.shape)} must be {shape} for {name}'s shape")
+
+
+def _check_triton(name: str, x: Tensor, tables: dict, gains: dict) -> None:
+    if triton is None:
+        raise ImportError("implementation='triton' needs Triton: pip install triton")
+    if not (x.is_cuda or INTERPRETED):
+        wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+        raise ValueError(f"{name}.device={x.device} must be {wanted}")
+    if x.shape[-1] > 2048:
+        wanted = "at most 2048: a head lives in registers"
+        raise ValueError(f"{name}.shape[-1]={x.shape[-1]} must be {wanted}")
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name}.stride(-1)={x.stride(-1)} must be 1; call .contiguous() first")
+    for label, a in ({name: x} | tables | gains).items():
+        wanted = DTYPES[:1] if label in tables else DTYPES
+        if a.dtype not in wanted:
+            raise ValueError(f"{label}.dtype={a.dtype} must be one of {wanted}")
+        if a.device != x.device:
+            raise ValueError(f"{label}.device={a.device} must be {x.device}, as {name}")
+        if a is not x and not a.is_contiguous():
+            raise ValueError(f"{label}.stride()={a.stride()} must be contiguous")
+    kinds = [a.dtype for a in gains.values()]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"the gains' dtypes={kinds} must be the same")
+
+
+def _use_triton(
+    implementation: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, gains: dict
+) -> bool:
+    """Whether the kernels turn x; ValueError for shapes that do not fit, and what they cannot."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
+    gains = {label: gain for label, gain in gains.items() if gain is not None}
+    arguments = name, x, {"cos": cos, "sin": sin}, gains
+    _check(*arguments)
+    able = triton is not None and x.is_cuda and x.dtype in DTYPES
+    if implementation == "reference" or (implementation == "auto" and not able):
+        return False
+    _check_triton(*arguments)
+    return True
 
 
 def rope(
@@ -371,9 +375,7 @@ def rope(
     gains = {"q_gain": q_gain, "k_gain": k_gain}
     turned = []
     for name, x, gain in (("q", q, q_gain), ("k", k, k_gain)):
-        kernels = _use_triton(implementation, x)
-        _check(name, x, cos, sin, gains, kernels)
-        if kernels:
+        if _use_triton(implementation, name, x, cos, sin, gains):
             x, _, _ = torch.ops.kernels.rope(x, cos, sin, gain, gain, eps, x.shape[2], 0)
         else:
             x = rope_reference(x, cos, sin, gain, eps)
@@ -402,11 +404,11 @@ def rope_qkv(
         copy there and a view from the reference.
     """
     H, G = n_head, n_kv_head
-    kernels = _use_triton(implementation, qkv)
-    _check("qkv", qkv, cos, sin, {"q_gain": q_gain, "k_gain": k_gain}, kernels)
-    wanted = f"(B, T, n_head + 2 n_kv_head = {H + 2 * G}, D), at least one head of each"
-    good = H >= 1 and G >= 1 and qkv.shape[2] == H + 2 * G
-    _require(good, "qkv.shape", tuple(qkv.shape), wanted)
+    gains = {"q_gain": q_gain, "k_gain": k_gain}
+    kernels = _use_triton(implementation, "qkv", qkv, cos, sin, gains)
+    if H < 1 or G < 1 or qkv.shape[2] != H + 2 * G:
+        wanted = f"(B, T, n_head + 2 n_kv_head = {H + 2 * G}, D), at least one head of each"
+        raise ValueError(f"qkv.shape={tuple(qkv.shape)} must be {wanted}")
     if kernels:
         return torch.ops.kernels.rope(qkv, cos, sin, q_gain, k_gain, eps, H, G)
     q, k, v = qkv.split((H, G, G), dim=2)
@@ -415,41 +417,32 @@ def rope_qkv(
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU: the model's heads, with QK-norm and without."""
+    """What kernels/aot.py compiles: the model's heads, with QK-norm and without."""
+    sizes = "i32 i32 i32 i32 i32 fp32"
     cases = []
-    for kernel, tensors in (
-        (_forward, "*bf16 *fp32 *fp32 *fp32 *fp32 *bf16 *bf16 *bf16"),
-        (_backward, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *fp32 *bf16 *fp32"),
-    ):
-        types = f"{tensors} i32 i32 i32 i32 i32 fp32" + 5 * " constexpr"
-        for norm in (False, True):
-            signature = dict(zip(kernel.arg_names, types.split()))
-            tile = _tile(1, 4, 2, 128)[1]
-            options = {"num_warps": tile.pop("num_warps"), "num_stages": 3}
-            absent = () if norm else ("q_gain_ptr", "k_gain_ptr")
-            if kernel is _backward and not norm:
-                absent += ("x_ptr",)
-            constexprs = tile | {"H": 4, "G": 2} | dict.fromkeys(absent)
-            signature |= dict.fromkeys(absent, "constexpr")
-            cases.append(
-                {
-                    "name": f"rope{kernel.__name__}" + (" + QK-norm" if norm else ""),
-                    "kernel": kernel,
-                    "signature": signature,
-                    "constexprs": constexprs,
-                    "divisible": [a for a, kind in signature.items() if kind[0] in "*i"],
-                    "options": options,
-                    "expect": {"vector16"},
-                }
-            )
+    for norm in (False, True):
+        gains = "*fp32 *fp32 " if norm else ""
+        forward = f"*bf16 *fp32 *fp32 {gains}*bf16 *bf16 *bf16 {sizes}"
+        x = "*bf16 " if norm else ""  # which backward reads for the norm alone
+        backward = f"*bf16 *bf16 *bf16 {x}*fp32 *fp32 {gains}*bf16 *fp32 {sizes}"
+        absent = {} if norm else {"q_gain_ptr": None, "k_gain_ptr": None}
+        launch = _tile(1, 4, 2, 128)[1] | {"H": 4, "G": 2} | absent
+        for kernel, types, more in (
+            (_forward, forward, {}),
+            (_backward, backward, {} if norm else {"x_ptr": None}),
+        ):
+            name = f"rope{kernel.__name__}" + (" + QK-norm" if norm else "")
+            case = {"name": name, "kernel": kernel, "types": types, "launch": launch | more}
+            cases.append(case)
     return cases
 
 
-def benchmark(B: int = 128, T: int = 512, H: int = 4, G: int = 2, D: int = 128) -> None:
-    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+def benchmark(H: int = 4, G: int = 2, D: int = 128) -> None:
+    """Errors against float64; on a GPU also ms and GB/s of both passes, from a cold cache."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
-    B, T, kind = (B, T, {"dtype": torch.bfloat16, "device": "cuda"}) if gpu else (2, 33, {})
+    on_gpu = {"dtype": torch.bfloat16, "device": "cuda"}
+    B, T, kind = (128, 512, on_gpu) if gpu else (2, 33, {})
     frequency = 10_000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angle = torch.outer(torch.arange(T, dtype=torch.float64), frequency)  # (T, D/2) radians
     exact_tables = [table.to(kind.get("device", "cpu")) for table in (angle.cos(), angle.sin())]
@@ -458,19 +451,16 @@ def benchmark(B: int = 128, T: int = 512, H: int = 4, G: int = 2, D: int = 128) 
     inputs = [a.requires_grad_() for a in (x, *gains.unbind())]
     dy = [torch.randn((B, T, heads, D), **kind) for heads in (H, G, G)]
 
-    def forward(implementation, inputs, tables):
+    def run(implementation, inputs, tables):
         x, q_gain, k_gain = inputs
         options = {"q_gain": q_gain, "k_gain": k_gain, "implementation": implementation}
-        return rope_qkv(x, *tables, H, G, **options)
-
-    def backward(outputs, inputs):
+        outputs = rope_qkv(x, *tables, H, G, **options)
         like = [a.to(b) for a, b in zip(dy, outputs)]
-        return torch.autograd.grad(outputs, inputs, like, retain_graph=True)
+        return *outputs, *torch.autograd.grad(outputs, inputs, like)
 
-    wide = [a.detach().double().requires_grad_() for a in inputs]
-    exact, ours = forward("reference", wide, exact_tables), forward("triton", inputs, tables)
-    pairs = zip((*ours, *backward(ours, inputs)), (*exact, *backward(exact, wide)))
-    errors = [(a - b).abs().max().item() for a, b in pairs]
+    exact = run("reference", [a.detach().double().requires_grad_() for a in inputs], exact_tables)
+    ours = run("triton", inputs, tables)
+    errors = [(a - b).abs().max().item() for a, b in zip(ours, exact)]
     place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
     print(f"{B} rows of {T} tokens, heads {H} + 2 * {G} of {D}, {x.dtype}, {place}")
     names = ("q", "k", "v", "dx", "dq_gain", "dk_gain")
@@ -479,21 +469,10 @@ def benchmark(B: int = 128, T: int = 512, H: int = 4, G: int = 2, D: int = 128) 
     if not gpu:
         assert max(errors) < 2e-5, "this is not RoPE with QK-norm"
         return
-    pass_gb = x.numel() * x.element_size() / 1e9
-    print("qkv -> q, k, v  forward ms   GB/s    backward ms   GB/s")
-    for name, implementation, f in (
-        ("eager", "reference", forward),
-        ("compiled", "reference", torch.compile(forward)),
-        ("triton", "triton", forward),
-    ):
-        outputs = f(implementation, inputs, tables)
-        ms = (
-            triton.testing.do_bench(lambda f=f, i=implementation: f(i, inputs, tables)),
-            triton.testing.do_bench(lambda y=outputs: backward(y, inputs)),
-        )
-        passes = 2, 2 + (H + G) / (H + 2 * G)
-        rates = [n * pass_gb / (1e-3 * t) for n, t in zip(passes, ms)]
-        print(f"{name:14} {ms[0]:11.3f} {rates[0]:6.0f} {ms[1]:14.3f} {rates[1]:6.0f}")
+    passes = 4 + (H + G) / (H + 2 * G)  # forward 2, backward 2 and the normed part of x
+    for implementation in ("reference", "triton"):
+        ms = triton.testing.do_bench(partial(run, implementation, inputs, tables))
+        print(f"{implementation:12}{ms:8.3f} ms {1e-6 * passes * x.nbytes / ms:6.0f} GB/s")
 
 
 if __name__ == "__main__":

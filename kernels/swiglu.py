@@ -25,6 +25,7 @@ interpreter and prints, from seed 0,
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,17 @@ try:
 except ImportError:  # the reference works without it
     triton = None
 
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns of a program, 8 for each of 128 threads: in bf16 one access of 16 bytes a tensor (two
 # threads share them on gfx942, where a warp has 64). Compiled for sm_90 by Triton 3.9 and 3.6: at
 # most 32 registers, no spills. Not yet measured on a GPU.
 TILE = {"BLOCK": 1024, "num_warps": 4}
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -97,22 +100,17 @@ INTERPRETED = triton is not None and not isinstance(_forward, triton.JITFunction
 @torch.library.custom_op("kernels::swiglu", mutates_args=())
 def _swiglu(x: Tensor) -> Tensor:
     N, M = x.shape[0], x.shape[1] // 2
-    y = torch.empty((N, M), dtype=x.dtype, device=x.device)
+    y = x.new_empty((N, M))
     if y.numel():
         with torch.cuda.device_of(x):
             _forward[N, triton.cdiv(M, TILE["BLOCK"])](x, y, x.stride(0), M, **TILE)
     return y
 
 
-@_swiglu.register_fake
-def _(x):
-    return x.new_empty((x.shape[0], x.shape[1] // 2))
-
-
 @torch.library.custom_op("kernels::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     N, M = dy.shape
-    dx = torch.empty((N, 2 * M), dtype=x.dtype, device=x.device)
+    dx = x.new_empty((N, 2 * M))
     if dy.numel():
         dy = dy.contiguous()  # the gradient of a sum has stride 0
         with torch.cuda.device_of(x):
@@ -120,11 +118,8 @@ def _swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-@_swiglu_backward.register_fake
-def _(dy, x):
-    return x.new_empty(x.shape)
-
-
+_swiglu.register_fake(lambda x: x.new_empty((x.shape[0], x.shape[1] // 2)))
+_swiglu_backward.register_fake(lambda dy, x: x.new_empty(x.shape))
 # Saved is the packed input alone, which is not overwritten: it may be needed a second time.
 _swiglu.register_autograd(
     lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors),
@@ -132,19 +127,16 @@ _swiglu.register_autograd(
 )
 
 
-def _require(good: bool, name: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value} must be {wanted}")
-
-
-def _use_triton(implementation: str, x: Tensor) -> bool:
-    names = ("auto", "reference", "triton")
-    _require(implementation in names, "implementation", repr(implementation), f"one of {names}")
-    if implementation == "auto":
-        return triton is not None and x.is_cuda and x.dtype in DTYPES
-    if implementation == "triton" and triton is None:
+def _check_triton(x: Tensor) -> None:
+    if triton is None:
         raise ImportError("implementation='triton' needs Triton: pip install triton")
-    return implementation == "triton"
+    if not (x.is_cuda or INTERPRETED):
+        wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+        raise ValueError(f"gate_up.device={x.device} must be {wanted}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"gate_up.dtype={x.dtype} must be one of {DTYPES}")
+    if x.stride(-1) != 1:
+        raise ValueError(f"gate_up.stride(-1)={x.stride(-1)} must be 1; call .contiguous() first")
 
 
 def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -157,49 +149,37 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
             copy only if the other axes cannot be seen as one.
     Returns: (..., M) of the same type.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     width = gate_up.shape[-1] if gate_up.ndim else 0
-    wanted = "(..., 2M): an even number of columns, at least 2"
-    _require(width > 0 and width % 2 == 0, "gate_up.shape", tuple(gate_up.shape), wanted)
-    if not _use_triton(implementation, gate_up):
+    if width == 0 or width % 2:
+        wanted = "(..., 2M): an even number of columns, at least 2"
+        raise ValueError(f"gate_up.shape={tuple(gate_up.shape)} must be {wanted}")
+    able = triton is not None and gate_up.is_cuda and gate_up.dtype in DTYPES
+    if implementation == "reference" or (implementation == "auto" and not able):
         return swiglu_reference(gate_up)
-    wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
-    _require(gate_up.is_cuda or INTERPRETED, "gate_up.device", gate_up.device, wanted)
-    _require(gate_up.dtype in DTYPES, "gate_up.dtype", gate_up.dtype, f"one of {DTYPES}")
-    stride = gate_up.stride(-1)
-    _require(stride == 1, "gate_up.stride(-1)", stride, "1; call .contiguous() first")
+    _check_triton(gate_up)
     y = torch.ops.kernels.swiglu(gate_up.reshape(-1, width))
     return y.view(*gate_up.shape[:-1], width // 2)
 
 
 def aot_cases() -> list[dict]:
-    """What to compile without a GPU; M and the stride are multiples of 16, as a model's are."""
-    cases = []
-    for kernel, types in (
-        (_forward, "*bf16 *bf16 i32 i32 constexpr"),
-        (_backward, "*bf16 *bf16 *bf16 i32 i32 constexpr"),
-    ):
-        signature = dict(zip(kernel.arg_names, types.split()))
-        for targets, expect in (("sm_80", "sm_90"), {"vector16"}), (("gfx942",), set()):
-            cases.append(
-                {
-                    "name": f"swiglu{kernel.__name__}",
-                    "kernel": kernel,
-                    "signature": signature,
-                    "constexprs": {"BLOCK": TILE["BLOCK"]},
-                    "divisible": [a for a, kind in signature.items() if kind != "constexpr"],
-                    "options": {"num_warps": TILE["num_warps"], "num_stages": 3},
-                    "expect": expect,
-                    "targets": targets,
-                }
-            )
-    return cases
+    """What kernels/aot.py compiles; M and the stride are multiples of 16, as a model's are."""
+    return [
+        {"name": f"swiglu{kernel.__name__}", "kernel": kernel, "types": types, "launch": TILE}
+        for kernel, types in (
+            (_forward, "*bf16 *bf16 i32 i32"),
+            (_backward, "*bf16 *bf16 *bf16 i32 i32"),
+        )
+    ]
 
 
-def benchmark(N: int = 65_536, M: int = 1536) -> None:
-    """Prints ms and GB/s on a GPU (from a cold cache); without one, errors in the interpreter."""
+def benchmark() -> None:
+    """Errors against float64; on a GPU also ms and GB/s of both passes, from a cold cache."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
-    N, M, kind = (N, M, {"dtype": torch.bfloat16, "device": "cuda"}) if gpu else (100, 1100, {})
+    on_gpu = {"dtype": torch.bfloat16, "device": "cuda"}
+    N, M, kind = (65_536, 1536, on_gpu) if gpu else (100, 1100, {})
     x = torch.randn((N, 2 * M), **kind).requires_grad_()
     dy = torch.randn((N, M), **kind)
 
@@ -208,7 +188,7 @@ def benchmark(N: int = 65_536, M: int = 1536) -> None:
         return y, torch.autograd.grad(y, x, dy.to(y))[0]
 
     exact = run(swiglu_reference, x.detach().double().requires_grad_())
-    ours = run(lambda x: swiglu(x, implementation="triton"), x)
+    ours = run(partial(swiglu, implementation="triton"), x)
     y, dx = ((a - b).abs().max().item() for a, b in zip(ours, exact))
     place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
     print(f"{N} rows of 2 * {M}, {x.dtype}, {place}")
@@ -216,20 +196,13 @@ def benchmark(N: int = 65_536, M: int = 1536) -> None:
     if not gpu:
         assert max(y, dx) < 2e-5, "this is not SwiGLU"
         return
-    pass_gb = dy.numel() * dy.element_size() / 1e9
-    print("gate, up -> y   forward ms   GB/s    backward ms   GB/s")
     for name, f in (
         ("eager", swiglu_reference),
         ("compiled", torch.compile(swiglu_reference)),
         ("triton", swiglu),
     ):
-        forward = triton.testing.do_bench(lambda f=f: f(x))
-        y = f(x)
-        backward = triton.testing.do_bench(
-            lambda y=y: torch.autograd.grad(y, x, dy, retain_graph=True)
-        )
-        rates = [n * pass_gb / (1e-3 * ms) for n, ms in ((3, forward), (5, backward))]
-        print(f"{name:14} {forward:11.3f} {rates[0]:6.0f} {backward:14.3f} {rates[1]:6.0f}")
+        ms = triton.testing.do_bench(partial(run, f, x))
+        print(f"{name:9}{ms:8.3f} ms {8e-6 * dy.nbytes / ms:6.0f} GB/s")  # 3 passes and 5
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_corpus():
-    """Fewer stories to validate on and to write: the tests are about the loop."""
+    """Fewer stories to validate on: the tests are about the loop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.corpus, "VAL_STORIES", 20)
-        patch.setattr(train, "SAMPLED_STORIES", 4)
         yield
 
 

@@ -108,28 +108,26 @@ def product(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.dot(x, x).to(tl.bfloat16))
 
 
-def case(name, kernel, type, block, divisible, expect, num_warps=4):
+def case(name, kernel, type, block, expect, num_warps=4, **other):
     return {
         "name": name,
         "kernel": kernel,
-        "signature": {"x_ptr": type, "y_ptr": type, "N": "i32", "BLOCK": "constexpr"},
-        "constexprs": {"BLOCK": block},
-        "divisible": divisible,
-        "options": {"num_warps": num_warps, "num_stages": 1},
+        "types": f"{type} {type} i32",
+        "launch": {"BLOCK": block, "num_warps": num_warps, "num_stages": 1},
         "expect": expect,
         "targets": ("sm_90",),
-    }
+    } | other
 
 
 def aot_cases():
-    all = ["x_ptr", "y_ptr", "N"]
     return [
-        case("copy, wide", copy, "*bf16", 1024, all, {"vector16"}),
-        case("copy, N any number", copy, "*bf16", 1024, ["x_ptr", "y_ptr"], {"vector16"}),
-        case("too much for its registers", many_sums, "*fp32", 65536, all, set(), 8),
-        case("product of 16 rows", product, "*bf16", 16, all, {"wgmma"}),
-        case("product of 64 rows", product, "*bf16", 64, all, {"wgmma"}),
-        case("wrong type", product, "*i1", 16, all, set()),
+        case("copy, wide", copy, "*bf16", 1024, {"vector16"}),
+        case("copy, N any number", copy, "*bf16", 1024, {"vector16"}, any=("N",)),
+        case("too much for its registers", many_sums, "*fp32", 65536, set(), 8),
+        case("product of 16 rows", product, "*bf16", 16, {"wgmma"}),
+        case("product of 64 rows", product, "*bf16", 64, {"wgmma"}),
+        case("wrong type", product, "*i1", 16, set()),
+        case("a type too few", product, "*bf16", 16, set(), types="*bf16 *bf16"),
     ]
 '''
 
@@ -144,6 +142,7 @@ def test_bad_kernels_end_with_status_1_and_a_line_each(tmp_path):
     lines = child.stderr.strip().splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]
     wanted = [
+        "a type too few on sm_90: does not compile: zip() argument 2 is shorter",
         "copy, N any number on sm_90: none of 16 global accesses",
         "product of 16 rows on sm_90: tensor cores by mma.sync, wanted wgmma",
         "too much for its registers on sm_90: ",

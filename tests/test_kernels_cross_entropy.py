@@ -425,7 +425,8 @@ try:
     use("triton")
 except ValueError as error:
     print(error)
-del sys.modules["kernels.{name}"]
+for name in ("cross_entropy", "linear_cross_entropy"):
+    sys.modules.pop("kernels." + name, None)
 sys.modules["triton"] = None
 print(round(use("auto").item(), 4))
 try:
