@@ -255,36 +255,38 @@ def _grad_norm_op(grads: list[Tensor]) -> Tensor:
     return sums.sum(dtype=torch.float64).sqrt().float()
 
 
-@_grad_norm_op.register_fake
-def _(grads):
-    return grads[0].new_empty((), dtype=torch.float32)
+_grad_norm_op.register_fake(lambda grads: grads[0].new_empty((), dtype=torch.float32))
 
 
 def _use_triton(implementation: str, lists: dict[str, Sequence[Tensor]]) -> bool:
     """Whether to take the kernels; with "triton", ValueError if they cannot serve these lists."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
-    if implementation == "reference" or (implementation == "auto" and triton is None):
+    first = next(iter(lists.values()))[0]
+    if implementation == "auto":
+        able = triton is not None and first.is_cuda
+        return able and all(
+            x.dtype == torch.float32 and x.device == first.device and x.is_contiguous()
+            for tensors in lists.values()
+            for x in tensors
+        )
+    if implementation == "reference":
         return False
     if triton is None:
         raise ImportError("implementation='triton' needs Triton: pip install triton")
-    device = next(iter(lists.values()))[0].device
-    place = device.type == "cuda" or (INTERPRETED and implementation == "triton")
+    if not (first.is_cuda or INTERPRETED):
+        wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+        raise ValueError(f"{next(iter(lists))}[0].device={first.device} must be {wanted}")
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):
-            if place and x.dtype == torch.float32 and x.device == device and x.is_contiguous():
-                continue
-            if implementation == "auto":
-                return False
-            if not place:
-                wanted = "a GPU, or a CPU with TRITON_INTERPRET=1 set before Python starts"
+            if x.device != first.device:
+                wanted = f"{first.device}, as the first"
                 raise ValueError(f"{name}[{i}].device={x.device} must be {wanted}")
-            if x.device != device:
-                raise ValueError(f"{name}[{i}].device={x.device} must be {device}, as the first")
             if x.dtype != torch.float32:
                 raise ValueError(f"{name}[{i}].dtype={x.dtype} must be torch.float32")
-            wanted = "contiguous; take implementation='reference' for it"
-            raise ValueError(f"{name}[{i}].stride()={x.stride()} must be {wanted}")
+            if not x.is_contiguous():
+                wanted = "contiguous; take implementation='reference' for it"
+                raise ValueError(f"{name}[{i}].stride()={x.stride()} must be {wanted}")
     return True
 
 
