@@ -1,11 +1,10 @@
 """Hyperparameter search: spaces, samplers, early stopping, and a store that loses nothing.
 
     python 07_sweep.py                           # a demonstration: what ASHA saves
-    python 07_sweep.py transfer                  # another: a rate tuned on a narrower model
     python 07_sweep.py --tune learning_rate=1e-3:3e-2:log --tune weight_decay=0.0:0.3 \
         --sampler tpe --delay 4 --workers 4 --rule asha --budget 300 --trials 40 -- --model 0.5m
     python 07_sweep.py --command "python mine.py --lr {lr}" --tune lr=1e-4:1e-1:log
-    python 07_sweep.py ... --resume        goes on;     ... --report        only shows
+    python 07_sweep.py --out runs/sweep --resume --trials 60   # goes on; --report: only shows
     python 07_sweep.py ... --plot DIR      pictures;    ... --track mlflow  or wandb, offline
     python 07_sweep.py ... --workers 8 --executor ray   on the Ray cluster at RAY_ADDRESS
 
@@ -22,6 +21,10 @@ all n are there. Everything that is decided follows from the store and the study
 study killed at any byte goes on as if nothing had happened, and for grid, random and Sobol any
 number of workers tries the same points. For TPE that holds up to --delay workers where every trial
 is trained to the end; with early stopping it depends on who comes first.
+
+Under any rule but "none" runs of 06_train.py are made longer step by step, so that their schedule
+has to be "constant", and that is what they get; the command printed at the end trains the best
+values in one run, where another schedule may be had.
 
 In Python: Study(folder, {"learning_rate": Range(1e-3, 3e-2, log=True)}, objective, TPE(),
 ASHA(300)).run(Limits(trials=40)), where objective(config, budget, folder) returns a value to be
@@ -67,17 +70,6 @@ prints, from seed 0,
 
 With seeds 2 and 3 that takes 78% and 21% of the tokens, and ASHA ends at 2.12 and 2.04, where
 random search ends at 2.45 and 2.09.
-
-`python 07_sweep.py transfer` (about 140 s of CPU time) prints
-
-    validation nats/token, mean of 3 seeds, by learning rate
-
-                                       0.00098  0.00195  0.00391  0.00781  0.01562  0.03125     best
-    width 32                             4.453    4.015    3.683    3.390    3.345    3.543  0.01562
-    width 128, one rate for all          3.387    3.065    3.043    3.458    4.085    3.953  0.00391
-    width 128, hidden at 0.25 of it      3.661    3.315    3.055    2.921    3.107    3.414  0.00781
-
-    the best of width 32 costs width 128 1.042 nats with one rate for all, 0.186 with the rule
 """
 
 from __future__ import annotations
@@ -86,6 +78,7 @@ import argparse
 import collections
 import contextlib
 import difflib
+import functools
 import importlib
 import itertools
 import json
@@ -93,11 +86,15 @@ import logging
 import math
 import multiprocessing
 import numbers
+import operator
 import os
+import pickle
 import platform
 import re
 import shlex
+import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -112,21 +109,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data import batches, corpus, stories
+from data import stories
 
 try:
     import fcntl
 except ImportError:  # not on Windows: there nothing keeps two studies out of one folder
     fcntl = None
 
-losses = importlib.import_module("01_loss")
-gpt = importlib.import_module("03_gpt")
-adamw = importlib.import_module("04_adamw")
-schedules = importlib.import_module("05_schedules")
 training = importlib.import_module("06_train")
-stability = importlib.import_module("08_stability")
 
 
 class SweepError(Exception):
@@ -136,6 +127,15 @@ class SweepError(Exception):
 def check(good: bool, name: str, value: object, wanted: str) -> None:
     if not good:
         raise SweepError(f"{name}={value!r}: wanted {wanted}")
+
+
+class Checked:
+    """What samplers and rules have in common: their whole numbers are at least 1, eta 2."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = {"eta": 2, "warmup": 0}.get(name, 1)
+            check(type(value) is not int or value >= least, name, value, f"at least {least}")
 
 
 # 1. A trial: what is known of one try
@@ -151,8 +151,11 @@ class Report(NamedTuple):
     step: int
     value: float  # to be minimised
     tokens: int = 0  # trained on by this trial so far
-    error: float = math.nan  # standard error of value, where it is a mean
-    seconds: float = 0.0  # since the report before; filled in by whoever runs the trial
+    error: float = math.nan  # standard error of the value, if it is a mean of runs; else nan
+    seconds: float = 0.0  # that the objective took since its last report: `follow` measures them
+
+
+STATES = ("queued", "running", "paused", "done", "pruned", "failed")
 
 
 @dataclass
@@ -162,7 +165,7 @@ class Trial:
     index: int
     params: dict
     seed: int
-    state: str = "queued"  # then running, paused, and at the end done, pruned or failed
+    state: str = "queued"  # one of STATES; the last three are final
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
     message: str = ""  # why it failed
@@ -210,10 +213,12 @@ class Range:
     step: float | None = None
 
     def __post_init__(self):
-        numeric = all(isinstance(x, (int, float)) for x in (self.low, self.high))
-        check(numeric, "low, high", (self.low, self.high), "two numbers")
+        given = {"low": self.low, "high": self.high} | ({"step": self.step} if self.step else {})
+        for name, value in given.items():
+            check(isinstance(value, (int, float)), name, value, "a number")
         check(self.low < self.high, "low", self.low, f"below high={self.high}; or write a constant")
         check(math.isfinite(self.high - self.low), "low", self.low, "two finite ends")
+        check(self.log in (True, False), "log", self.log, "true or false")
         check(not self.log or self.low > 0, "low", self.low, "above 0, because log is on")
         if self.step is not None:
             check(not self.log, "step", self.step, "none, because log is on")
@@ -263,26 +268,37 @@ class Range:
         return list(dict.fromkeys(self.from_z(x) for x in z))
 
 
+def as_key(option) -> str:
+    """An option as a key of a JSON object, which is a text: "adamw", and "3" or "true"."""
+    return option if isinstance(option, str) else json.dumps(option)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One of some values, all equally likely.
 
-    then: what else there is to choose where this one has been taken, as {option: {name: ...}}.
+    then: what else there is where an option has been taken, as {option: {name: ...}}; the same
+    name may stand under several options.
     """
 
     options: tuple
     then: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        check(isinstance(self.then, dict), "then", self.then, "{option: {name: ...}}")
         object.__setattr__(self, "options", tuple(self.options))
+        texts = {as_key(option): option for option in self.options}
+        then = {texts.get(key, key): more for key, more in self.then.items()}
+        object.__setattr__(self, "then", then)
         check(len(self.options) > 0, "options", self.options, "at least one")
         check(len(set(map(repr, self.options))) == len(self.options), "options", self.options,
               "each of them once")  # fmt: skip
         for option in self.options:
             plain = isinstance(option, (str, int, float, bool, type(None)))
             check(plain, "option", option, "a text, a number, true, false or null")
-        for option in self.then:
+        for option, more in self.then.items():
             check(option in self.options, "then", option, f"one of the options {self.options}")
+            check(isinstance(more, dict), "then", more, "{name: ...} under each option")
 
     def at(self, u: float):
         return self.options[int(u * len(self.options))]
@@ -296,11 +312,20 @@ class Param:
     """A leaf of the space. It exists where all (name, option) pairs in `when` have been chosen."""
 
     name: str
-    kind: Range | Choice
+    kind: object  # Range, Choice, or a constant
     when: tuple[tuple[str, object], ...] = ()
 
     def active(self, chosen: dict) -> bool:
         return all(name in chosen and chosen[name] == option for name, option in self.when)
+
+    def excludes(self, other: Param) -> bool:
+        """Whether there is a choice that they need to have come out differently."""
+        mine = dict(self.when)
+        return any(name in mine and mine[name] != option for name, option in other.when)
+
+    @property
+    def label(self) -> str:
+        return self.name + "".join(f"[{show(option)}]" for _, option in self.when)
 
 
 class Space:
@@ -311,44 +336,48 @@ class Space:
     """
 
     def __init__(self, tree: dict):
+        self.tree = tree
         self.params: list[Param] = []
-        self.constants: dict = {}
+        self.constants: list[Param] = []
         self._add(tree, "", ())
         if not self.params:
             raise SweepError("the space is empty: wanted at least one Range or Choice")
 
     def _add(self, tree: dict, prefix: str, when: tuple) -> None:
         for name, kind in tree.items():
+            check(isinstance(name, str) and name, "name", name, "a text")
             full = prefix + name
-            if any(full == p.name for p in self.params) or full in self.constants:
-                raise SweepError(f"the space has {full!r} twice")
             if isinstance(kind, dict):
                 self._add(kind, full + ".", when)
-            elif isinstance(kind, (Range, Choice)):
-                self.params.append(Param(full, kind, when))
-                for option, more in getattr(kind, "then", {}).items():
-                    self._add(more, prefix, (*when, (full, option)))
-            else:
-                check(not when, full, kind, "a Range or Choice under `then`, no constant")
-                self.constants[full] = kind
+                continue
+            leaf = Param(full, kind, when)
+            for other in (*self.params, *self.constants):
+                if full == other.name and not leaf.excludes(other):
+                    raise SweepError(f"the space has {full!r} twice")
+                pairs = ((full, other.name), (other.name, full))
+                if any(long.startswith(f"{short}.") for long, short in pairs):
+                    raise SweepError(f"{full!r} and {other.name!r}: one is a value, not a group")
+            (self.params if isinstance(kind, (Range, Choice)) else self.constants).append(leaf)
+            for option, more in getattr(kind, "then", {}).items():
+                self._add(more, prefix, (*when, (full, option)))
 
-    def pick(self, values: Callable[[Param], object]) -> dict:
+    def pick(self, values: Callable[[int, Param], object]) -> dict:
         """{name: value} of the leaves that exist, parents first."""
         chosen: dict = {}
-        for param in self.params:
+        for i, param in enumerate(self.params):
             if param.active(chosen):
-                chosen[param.name] = values(param)
+                chosen[param.name] = values(i, param)
         return chosen
 
     def from_unit(self, u: np.ndarray) -> dict:
         """The point at u (leaves,) in [0, 1): each leaf has its own coordinate, used or not."""
-        share = dict(zip((p.name for p in self.params), u.tolist()))
-        return self.pick(lambda param: param.kind.at(share[param.name]))
+        return self.pick(lambda i, param: param.kind.at(float(u[i])))
 
     def config(self, chosen: dict) -> dict:
         """Constants and chosen values, as the nested dictionary that an objective gets."""
         tree: dict = {}
-        for name, value in {**self.constants, **chosen}.items():
+        constants = {p.name: p.kind for p in self.constants if p.active(chosen)}
+        for name, value in {**constants, **chosen}.items():
             *above, last = name.split(".")
             node = tree
             for part in above:
@@ -363,16 +392,13 @@ def space_from_json(tree: dict) -> dict:
     for name, node in tree.items():
         try:
             if isinstance(node, dict) and "choice" in node:
-                options = {str(option): option for option in node["choice"]}
-                then = node.get("then", {}).items()
-                then = {options.get(k, k): space_from_json(more) for k, more in then}
-                out[name] = Choice(tuple(node["choice"]), then)
+                options, then = node["choice"], node.get("then", {})
+                check(isinstance(options, list), "choice", options, "a list")
+                out[name] = Choice(options, space_from_json(then) if type(then) is dict else then)
             elif isinstance(node, dict) and {"low", "high"} & set(node):
                 out[name] = Range(**node)
-            elif isinstance(node, dict):
-                out[name] = space_from_json(node)
             else:
-                out[name] = node
+                out[name] = space_from_json(node) if isinstance(node, dict) else node
         except TypeError as error:
             raise SweepError(f"{name}: {error}; wanted low, high, log, step") from error
         except SweepError as error:
@@ -381,7 +407,7 @@ def space_from_json(tree: dict) -> dict:
 
 
 def number_or_text(text: str):
-    """3 -> 3, 3.0 -> 3.0, true -> True, adamw -> "adamw"."""
+    """3 -> 3, 3.0 -> 3.0, true -> True, and adamw stays a text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -435,7 +461,7 @@ class Sobol:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Checked):
     """Every combination once; a range without a step counts with `points` values."""
 
     points: int = 5
@@ -547,13 +573,13 @@ class Parzen:
 
 
 @dataclass(frozen=True)
-class TPE:
+class TPE(Checked):
     """Draws from where good trials lie and takes the draw that is least like the other trials.
 
     Good are the best tenth, l their density and g that of the rest; of `candidates` draws from l
     the one with the largest l/g is taken. joint: kernels span all leaves, so that a ridge between
-    two of them is seen; otherwise each leaf goes by itself. Leaves that do not always exist do so
-    anyway.
+    two of them is seen; otherwise each leaf has a density of its own. A leaf under `then` always
+    has its own, over the trials in which it existed.
 
     delay: trial i learns from the trials up to i - delay; those behind it count as bad, which
     keeps workers apart. Up to `delay` workers are busy, and all numbers of workers up to it give
@@ -577,15 +603,14 @@ class TPE:
         together = [p for p in space.params if self.joint and not p.when]
         chosen = self._best(together, below, above, rng) if together else {}
         return space.pick(
-            lambda p: chosen[p.name]
-            if p.name in chosen
+            lambda i, p: chosen[p.name]
+            if p in together
             else self._best([p], below, above, rng)[p.name]
         )
 
     def _best(self, params: list[Param], below: list, above: list, rng) -> dict:
-        names = {p.name for p in params}
         good, rest = (
-            Parzen(params, [point for point in points if names <= point.keys()])
+            Parzen(params, [point for point in points if all(p.active(point) for p in params)])
             for points in (below, above)
         )
         draws = good.sample(rng, self.candidates)
@@ -598,11 +623,12 @@ class TPE:
 # the trials' states. It keeps nothing itself: a study that was killed goes on as it would have.
 # budgets(i) are the rungs of trial i, judge(...) the state in which a report leaves its trial,
 # promote(...) a paused trial that may go on now, where there are to be `total` trials. Lower values
-# are better, NaN is worse than all.
+# are better, NaN is worse than all. A rung is judged by the first report at or past it, for
+# objectives that report at steps of their own; one that passes several is judged at the last.
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Checked):
     """Every trial gets the whole budget."""
 
     budget: int
@@ -644,17 +670,6 @@ class Median(Full):
         return "pruned" if best > statistics.median(there) else "running"
 
 
-def geometric(first: int, last: int, eta: int) -> list[int]:
-    """first, first*eta, first*eta^2 ..., and last at the end."""
-    check(1 <= first <= last, "min_budget", first, f"1 to {last}, the whole budget")
-    check(eta >= 2, "eta", eta, "at least 2")
-    rungs = []
-    while first < last:
-        rungs.append(first)
-        first *= eta
-    return [*rungs, last]
-
-
 def passes(form: str, value: float, earlier: list[float], eta: int) -> bool:
     """Whether a newcomer to a rung is good enough to go on at once.
 
@@ -672,7 +687,7 @@ def passes(form: str, value: float, earlier: list[float], eta: int) -> bool:
 
 
 @dataclass(frozen=True)
-class ASHA:
+class ASHA(Full):
     """Asynchronous successive halving: at each rung the best 1/eta go on, without waiting.
 
     "promote" (the paper's form): a trial pauses at its rung, and whenever a worker is free the
@@ -680,18 +695,22 @@ class ASHA:
     on at once or never, judged by those that came before it. They are not the same; see `passes`.
     """
 
-    budget: int
-    first: int = 1
+    min_budget: int = 1
     eta: int = 4
     form: str = "promote"
 
     def __post_init__(self):
+        super().__post_init__()
         forms = ("promote", "stop", "percentile")
         check(self.form in forms, "form", self.form, f"one of {forms}")
-        geometric(self.first, self.budget, self.eta)
+        whole = f"at most {self.budget}, the whole budget"
+        check(self.min_budget <= self.budget, "min_budget", self.min_budget, whole)
 
     def budgets(self, index: int) -> list[int]:
-        return geometric(self.first, self.budget, self.eta)
+        rungs = [self.min_budget]
+        while rungs[-1] * self.eta < self.budget:
+            rungs.append(rungs[-1] * self.eta)
+        return [*rungs, self.budget] if rungs[-1] < self.budget else rungs
 
     def judge(self, rungs: dict, states: dict, index: int, step: int) -> str:
         if step >= self.budget:
@@ -706,24 +725,19 @@ class ASHA:
         return "running" if on else "pruned"
 
     def promote(self, rungs: dict, states: dict, total: float) -> int | None:
-        if self.form == "promote":
-            for low in reversed(self.budgets(0)[:-1]):
-                there = rungs.get(low, {})
-                best = sorted(there, key=lambda i: worse_if_nan(there[i]))
-                for index in best[: len(there) // self.eta]:
-                    # paused at this rung, not at a higher one
-                    if states[index] == "paused" and index not in rungs.get(
-                        self.after(low), {}
-                    ):
-                        return index
+        if self.form != "promote":
+            return None
+        for low, high in reversed(list(itertools.pairwise(self.budgets(0)))):
+            there = rungs.get(low, {})
+            best = sorted(there, key=lambda i: worse_if_nan(there[i]))
+            for index in best[: len(there) // self.eta]:
+                if states[index] == "paused" and index not in rungs.get(high, {}):
+                    return index
         return None
-
-    def after(self, rung: int) -> int:
-        return next(b for b in self.budgets(0) if b > rung)
 
 
 @dataclass(frozen=True)
-class Hyperband:
+class Hyperband(Full):
     """Successive halving, where all of a rung are compared at once, in brackets that hedge.
 
     Bracket s starts ceil((S + 1)/(s + 1) eta^s) trials at budget/eta^s and keeps the best
@@ -732,13 +746,8 @@ class Hyperband:
     again from the first bracket when all are full.
     """
 
-    budget: int
     eta: int = 3
     brackets: int | None = None
-
-    def __post_init__(self):
-        check(self.budget >= 1, "budget", self.budget, "at least 1")
-        check(self.eta >= 2, "eta", self.eta, "at least 2")
 
     def plan(self) -> list[tuple[int, list[int]]]:
         """(trials, rungs) of each bracket."""
@@ -814,11 +823,12 @@ class Store:
                 if not isinstance(entries[-1], dict):
                     raise ValueError("not an object")
             except ValueError as error:
-                raise SweepError(
-                    f"{self.file}, line {number} of {len(lines)} is damaged ({error}); restore the "
-                    "file from a copy, or choose another folder"
-                ) from error
+                raise self.damaged(number, error) from error
         return entries
+
+    def damaged(self, number: int, reason: object) -> SweepError:
+        return SweepError(f"{self.file}, line {number} is damaged ({reason}); restore it from a "
+                          "copy, or choose another folder")  # fmt: skip
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -835,38 +845,11 @@ class Store:
                 os.truncate(self.file, whole)
             yield
 
-    def append(self, **entry) -> None:
+    def append(self, entry: dict) -> None:
         with open(self.file, "a") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def replay(entries: list[dict]) -> list[Trial]:
-    """The trials that the lines of a store describe.
-
-    Raises: SweepError where a line contradicts an earlier one: parameters are written once.
-    """
-    trials: list[Trial] = []
-    for entry in entries:
-        if "trial" not in entry:
-            continue
-        index = entry["trial"]
-        if "params" in entry:
-            if index != len(trials):
-                raise SweepError(f"the store has trial {index} where {len(trials)} was to come: "
-                                 "parameters are written once, in order")  # fmt: skip
-            trials.append(Trial(index, entry["params"], entry["seed"]))
-            continue
-        check(index < len(trials), "trial", index, f"one of the {len(trials)} that have parameters")
-        trial = trials[index]
-        trial.state = entry["state"]
-        trial.message = entry.get("message", "")
-        trial.seconds += entry.get("seconds", 0.0)
-        if "step" in entry:
-            known = (entry["tokens"], entry["error"], entry["seconds"])
-            trial.reports.append(Report(entry["step"], entry["value"], *known))
-    return trials
 
 
 def surroundings() -> dict:
@@ -916,16 +899,17 @@ def follow(objective: Objective, config: dict, budget: int, folder: Path) -> Ite
             item = next(items, None)
         if item is None:
             return
-        report = Report(*item)
-        yield report._replace(value=float(report.value), seconds=time.perf_counter() - started)
+        step, value, tokens, error, _ = Report(*item)
+        seconds = time.perf_counter() - started
+        yield Report(int(step), float(value), int(tokens), float(error), seconds)
 
 
-def needed(module: str, package: str, flag: str):
+def needed(module: str, flag: str):
     """An optional package, or one line that says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SweepError(f"{flag} needs {package}: pip install {package}") from error
+        raise SweepError(f"{flag} needs {module}: pip install {module}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -939,19 +923,19 @@ class WorkerDied(Exception):
 class Here:
     """A worker: it has one trial at a time, and stops after each report to hear what to do.
 
-    send: a job (config, budget, folder) to begin, True to go on, False to leave the trial. After
-    the first two, receive() waits for what comes: a report, None at the end, or the message of a
-    crash. This one works when it is asked; the others are such a one elsewhere.
+    It is told "begin", config, budget, folder and after each report "go on" or "leave". After the
+    first two, receive() waits for what comes: a report, None at the end, or the message of a crash.
+    This one works within receive(); the others are such a one elsewhere.
     """
 
     def __init__(self, objective: Objective):
         self.objective, self.reports = objective, None
 
-    def send(self, message: tuple | bool) -> None:
-        if message is False:
+    def tell(self, what: str, *job) -> None:
+        if what == "begin":
+            self.reports, self.folder = follow(self.objective, *job), job[-1]
+        elif what == "leave":
             self.reports.close()
-        elif message is not True:
-            self.reports, self.folder = follow(self.objective, *message), message[-1]
 
     def receive(self) -> tuple | str | None:
         try:
@@ -985,9 +969,9 @@ def serve(objective: Objective, pipe: connection.Connection, threads: int) -> No
     worker = Here(objective)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            message = pipe.recv()
-            worker.send(message)
-            if message is not False:
+            what, *job = pipe.recv()
+            worker.tell(what, *job)
+            if what != "leave":
                 pipe.send(worker.receive())
 
 
@@ -1006,8 +990,8 @@ class InProcess:
         self.process.start()
         theirs.close()
 
-    def send(self, message: tuple | bool) -> None:
-        self.pipe.send(message)
+    def tell(self, what: str, *job) -> None:
+        self.pipe.send((what, *job))
 
     def receive(self) -> tuple | str | None:
         try:
@@ -1041,7 +1025,7 @@ class OnRay:
     @staticmethod
     def connect(workers: int):
         """Finds the cluster at RAY_ADDRESS, as Ray's commands do, or makes one of this machine."""
-        ray = needed("ray", "ray", "--executor ray")
+        ray = needed("ray", "--executor ray")
         address = os.environ.get("RAY_ADDRESS", "local")
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
         settings: dict = {"runtime_env": {"env_vars": paths}, "log_to_driver": False}
@@ -1049,15 +1033,18 @@ class OnRay:
         if address == "local":
             settings |= {"num_cpus": workers, "include_dashboard": False}
             settings |= {"object_store_memory": 10**8}  # bytes: only reports go through it
+        host, _, port = address.split("://")[-1].rpartition(":")
         try:
+            if host:  # where nobody answers Ray would wait for ever
+                socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address, **settings)
         except Exception as error:  # Ray raises several kinds where no cluster answers
             raise SweepError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
         return ray
 
-    def send(self, message: tuple | bool) -> None:
-        self.actor.send.remote(message)
-        if message is not False:
+    def tell(self, what: str, *job) -> None:
+        self.actor.tell.remote(what, *job)
+        if what != "leave":
             self.news = self.actor.receive.remote()
 
     def receive(self) -> tuple | str | None:
@@ -1084,7 +1071,7 @@ class Workers:
 
     def start(self, index: int, *job) -> None:
         self.running[index] = self.idle.pop()
-        self.running[index].send(job)
+        self.running[index].tell("begin", *job)
 
     def wait(self) -> tuple[int, Report | str | None]:
         """(trial, its next report), (trial, None) at its end, (trial, message) when it crashed."""
@@ -1102,7 +1089,7 @@ class Workers:
 
     def answer(self, index: int, go_on: bool) -> None:
         """To be called after each report."""
-        self.running[index].send(go_on)
+        self.running[index].tell("go on" if go_on else "leave")
         if not go_on:
             self.idle.append(self.running.pop(index))
 
@@ -1121,6 +1108,11 @@ def employed(objective: Objective, count: int, executor: str) -> Iterator[Worker
     elif count == 1:
         pool = Workers(lambda: Here(objective), count)
     else:
+        try:
+            pickle.dumps(objective)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise SweepError(f"objective: {one_line(error)}; for workers in processes it has to "
+                             "stand at the top level of a file") from error  # fmt: skip
         threads = max(1, torch.get_num_threads() // count)
         pool = Workers(lambda: InProcess(objective, threads), count)
     try:
@@ -1144,24 +1136,47 @@ class Limits:
     dollars: float | None = None  # at `price` for an hour of one worker
     price: float = 0.0
 
+    def __post_init__(self):
+        for limit in fields(self)[:4]:
+            value = getattr(self, limit.name)
+            check(value is None or value > 0, limit.name, value, "above 0")
+        check(self.price > 0 or (self.dollars is None and self.price == 0), "price", self.price,
+              "above 0 where dollars are limited")  # fmt: skip
+
     @property
     def endless(self) -> bool:
         return (self.trials, self.tokens, self.seconds, self.dollars) == (None,) * 4
 
 
 def describe(thing) -> object:
-    """Any part of a study in terms of JSON; a function by its name."""
+    """Any part of a study in terms of JSON."""
     if is_dataclass(thing):
         named = {f.name: describe(getattr(thing, f.name)) for f in fields(thing)}
-        return {type(thing).__name__: named}
+        return {"class": type(thing).__name__, **named}
+    if isinstance(thing, Space):
+        return describe(thing.tree)
     if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items()}
+        return {as_key(key): describe(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple, range)):
         return [describe(item) for item in thing]
     return getattr(thing, "__name__", type(thing).__name__) if callable(thing) else thing
 
 
+def differences(old, new, name: str = "") -> list[str]:
+    """Where two descriptions differ, a line for each field."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        both = ((old.get(key), new.get(key), f"{name}.{key}") for key in {**old, **new})
+        return [line for three in both for line in differences(*three)]
+    return [] if old == new else [f"{name[1:]} is {old!r}, not {new!r}"]
+
+
 class Study:
+    """A space, a sampler, a rule and an objective, and all that came of them, in a folder.
+
+    What a line of the store says is entered by `apply`, when it is written as when it is read: a
+    study that was taken up again is the same as one that went on.
+    """
+
     def __init__(
         self,
         folder: Path | str,
@@ -1171,69 +1186,101 @@ class Study:
         rule: Full | Median | ASHA | Hyperband,
         seed: int = 0,
     ):
-        """A study that lives in a folder; one that is there already is taken up.
+        """Takes up the study that is in the folder, if there is one.
 
         Raises: SweepError when the folder holds another study.
         """
+        check(seed >= 0, "seed", seed, "at least 0")
         self.folder, self.objective = Path(folder), objective
         self.space = space if isinstance(space, Space) else Space(space)
         self.sampler, self.rule, self.seed = sampler, rule, seed
-        self.store = Store(self.folder)
+        self.store, self.limits = Store(self.folder), Limits()
         self.load()
 
     def identity(self) -> dict:
-        """All that may not change while the study lasts."""
-        parts = ("sampler", "rule", "objective", "seed")
-        identity = {name: describe(getattr(self, name)) for name in parts}
-        identity["space"] = describe([self.space.params, self.space.constants])
-        return json.loads(json.dumps(identity))
+        """All that may not change while the study lasts.
+
+        Of a function only the name is known: one that was rewritten under its name is taken for
+        the same, and its new values stand beside the old ones.
+        """
+        parts = ("space", "sampler", "rule", "objective", "seed")
+        try:
+            return json.loads(json.dumps({name: describe(getattr(self, name)) for name in parts}))
+        except TypeError as error:
+            raise SweepError(f"the study cannot be written down: {error}") from error
 
     def load(self) -> None:
+        self.trials: list[Trial] = []
+        self.rungs: dict[int, dict[int, float]] = {}  # {step: {trial: value}}, as they arrived
+        self.curve: list[tuple[int, float]] = []  # (tokens of all, best of all) after each report
+        self.clock, self.last = 0.0, 0.0  # seconds of all sessions; the time of the last line
         entries = self.store.read()
-        stored = entries[0].get("study", {}) if entries else None
-        if stored is not None:
-            for name, value in self.identity().items():
-                if stored.get(name) != value:
-                    raise SweepError(
-                        f"{self.folder} holds another study: its {name} is {stored.get(name)}, not "
-                        f"{value}; choose another folder, or the same {name}"
-                    )
-        self.trials = replay(entries)
-        self.rungs: dict[int, dict[int, float]] = {}
-        for entry in entries:
-            if "step" in entry:
-                self.rungs.setdefault(entry["step"], {})[entry["trial"]] = entry["value"]
-        self.clock = self._clock(entries)
+        if entries and (wrong := differences(entries[0].get("study", {}), self.identity())):
+            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise SweepError(f"{self.folder} holds another study: its {'; '.join(wrong[:4])}{more}"
+                             "; choose another --out, or the same values")  # fmt: skip
+        for number, entry in enumerate(entries, 1):
+            try:
+                self.apply(entry)
+            except (SweepError, KeyError, TypeError) as error:
+                raise self.store.damaged(number, one_line(error)) from error
 
-    @staticmethod
-    def _clock(entries: list[dict]) -> float:
-        """Seconds that earlier sessions took, to their last line."""
-        total, began, last = 0.0, None, None
-        for entry in entries:
-            if "session" in entry:
-                total += last - began if began is not None else 0.0
-                began = entry["session"]["time"]
-            last = entry.get("time", began)
-        return total + (last - began if began is not None else 0.0)
+    def write(self, **entry) -> None:
+        self.store.append(entry)
+        self.apply(entry)
+
+    def apply(self, entry: dict) -> None:
+        """Enters what a line of the store says.
+
+        Raises: SweepError, KeyError or TypeError where it cannot follow the lines before it.
+        """
+        if "session" in entry:
+            self.last = entry["session"]["time"]
+        if "trial" not in entry:
+            return
+        index, known = entry["trial"], len(self.trials)
+        if "params" in entry:
+            check(index == known, "trial", index, f"{known}: parameters are written once, in order")
+            check(isinstance(entry["params"], dict), "params", entry["params"], "{name: value}")
+            self.trials.append(Trial(index, entry["params"], entry["seed"]))
+            return
+        check(index in range(known), "trial", index, f"one of the {known} that have parameters")
+        check(entry["state"] in STATES, "state", entry["state"], f"one of {STATES}")
+        trial = self.trials[index]
+        if "step" in entry:
+            report = Report(*(entry[name] for name in Report._fields))
+            self.mark(trial, report)
+            trial.reports.append(report)
+            trial.seconds += report.seconds
+            best = min(worse_if_nan(report.value), self.curve[-1][1] if self.curve else math.inf)
+            self.curve.append((sum(t.tokens for t in self.trials), best))
+        trial.state, trial.message = entry["state"], entry.get("message", "")
+        self.clock += entry["time"] - self.last
+        self.last = entry["time"]
+
+    def mark(self, trial: Trial, report: Report) -> int:
+        """Enters a report in `rungs`: at the rungs that it is the first to reach, or at its step.
+
+        Returns: the highest of these, at which it is judged.
+        """
+        budgets = self.rule.budgets(trial.index)
+        steps = [b for b in budgets if trial.reached < b <= report.step] or [report.step]
+        for step in steps:
+            self.rungs.setdefault(step, {})[trial.index] = report.value
+        return steps[-1]
 
     @property
     def states(self) -> dict[int, str]:
         return {t.index: t.state for t in self.trials}
 
     @property
-    def best(self) -> Trial | None:
-        """The best of those that went farthest."""
-        valued = [t for t in self.trials if t.value is not None]
-        return min(valued, key=rank, default=None)
+    def ranked(self) -> list[Trial]:
+        """Trials with a value, the best of those that went farthest first."""
+        return sorted((t for t in self.trials if t.value is not None), key=rank)
 
-    def record(self, trial: Trial, state: str, report: Report | None = None, **more) -> None:
-        if report is not None:
-            more |= report._asdict()
-            trial.reports.append(report)
-            trial.seconds += report.seconds
-            self.rungs.setdefault(report.step, {})[trial.index] = report.value
-        trial.state, trial.message = state, more.get("message", "")
-        self.store.append(trial=trial.index, state=state, time=time.time(), **more)
+    @property
+    def best(self) -> Trial | None:
+        return next(iter(self.ranked), None)
 
     def ask(self) -> Trial | None:
         """A new trial, written down before it starts; None while the sampler has to wait."""
@@ -1244,27 +1291,24 @@ class Study:
                 return None
         params = self.sampler.suggest(self.space, self.seed, index, self.trials)
         seed = int(np.random.default_rng((self.seed, index, 1)).integers(2**31))
-        self.store.append(trial=index, params=params, seed=seed)
-        self.trials.append(Trial(index, params, seed))
+        self.write(trial=index, params=params, seed=seed)
         return self.trials[-1]
 
     def next_budget(self, trial: Trial) -> int:
         return next(b for b in self.rule.budgets(trial.index) if b > trial.reached)
 
     def spent(self) -> dict[str, float]:
-        seconds = sum(t.seconds for t in self.trials)
         return {
             "tokens": sum(t.tokens for t in self.trials),
-            "seconds": self.clock + time.time() - self.began,
-            "dollars": seconds / 3600 * self.limits.price,
+            "seconds": self.clock,
+            "dollars": sum(t.seconds for t in self.trials) / 3600 * self.limits.price,
         }
 
     def affordable(self, busy: list[Trial]) -> bool:
         """Whether one more rung may start: not if what runs now will probably reach a limit."""
-        spent = self.spent()
         done = sum(t.reached for t in self.trials)
         coming = sum(self.next_budget(t) - t.reached for t in busy)
-        for name, amount in spent.items():
+        for name, amount in self.spent().items():
             limit = getattr(self.limits, name)
             if limit is None:
                 continue
@@ -1298,23 +1342,27 @@ class Study:
         check(ends, "limits", limits, "at least one")
         delay = getattr(self.sampler, "delay", workers)
         check(workers <= delay, "workers", workers, f"at most TPE's delay={delay}")
-        self.limits, self.began = limits, time.time()
+        self.limits = limits
         with self.store.locked():
             self.load()
             if not self.store.read():
-                self.store.append(study=self.identity())
-            self.store.append(session=surroundings())
+                self.write(study=self.identity())
+            self.write(session=surroundings())
             with employed(self.objective, workers, executor) as pool:
                 self._loop(pool, show)
         return self
 
     def _loop(self, pool: Workers, show: bool) -> None:
+        first = True
         while True:
             busy = [self.trials[i] for i in pool.running]
             while pool.idle and (trial := self.next_job(busy)):
-                self.record(trial, "running")
+                self.write(trial=trial.index, state="running", time=time.time())
                 config = {"seed": trial.seed} | self.space.config(trial.params)
                 folder = self.folder / f"trial-{trial.index:05d}"
+                if show and first:
+                    print(f"trial {trial.index} begins; its log is in {folder}", flush=True)
+                first = False
                 pool.start(trial.index, config, self.next_budget(trial), folder)
                 busy.append(trial)
             if not busy:
@@ -1323,11 +1371,9 @@ class Study:
             trial = self.trials[index]
             if isinstance(news, Report):
                 pool.answer(index, self.take(trial, news))
-            elif isinstance(news, str):
-                self.record(trial, "failed", message=news)
-            elif trial.reached not in self.rule.budgets(index):
-                message = f"no report at its budget, the last at {trial.reached}"
-                self.record(trial, "failed", message=message)
+            else:
+                late = f"no report at its budget or past it, the last at {trial.reached}"
+                self.write(trial=index, state="failed", message=news or late, time=time.time())
             if show:
                 print(self.progress(), flush=True)
 
@@ -1336,28 +1382,27 @@ class Study:
         if report.step <= trial.reached:
             return True  # a trial that was interrupted says again what is known already
         budget = self.next_budget(trial)
-        self.rungs.setdefault(report.step, {})[trial.index] = report.value
-        state = self.rule.judge(self.rungs, self.states, trial.index, report.step)
-        self.record(trial, state, report)
+        step = self.mark(trial, report)
+        state = self.rule.judge(self.rungs, self.states, trial.index, step)
+        self.write(trial=trial.index, state=state, time=time.time(), **report._asdict())
         return state == "running" and report.step < budget
 
     def progress(self) -> str:
         """One line: how many trials are over, the best so far, what is spent and what is left."""
         count = collections.Counter(self.states.values())
-        over = sum(count.get(state, 0) for state in ("done", "pruned", "paused", "failed"))
-        spent = self.spent()
-        shares = [amount / getattr(self.limits, name)
-                  for name, amount in spent.items() if getattr(self.limits, name)]  # fmt: skip
-        shares.append(over / self.limits.trials if self.limits.trials else 0)
-        known = over > 0 and max(shares) > 0  # before a trial is over it would be a wild guess
-        left = spent["seconds"] * (1 / max(shares) - 1) if known else math.nan
+        over = count["done"] + count["pruned"] + count["failed"]
+        spent, limits = self.spent(), self.limits
+        shares = [spent[name] / getattr(limits, name) for name in spent if getattr(limits, name)]
+        if limits.trials:  # most of those that pause will not be taken up again
+            shares.append((over + count["paused"]) / limits.trials)
+        share = max(shares, default=0.0) if over else 0.0  # earlier it would be a wild guess
         best = self.best
         return (
-            f"{over}/{self.limits.trials or '?'} trials | "
+            f"{over}/{limits.trials or '?'} trials | "
             + (f"best {best.value:.4f} (trial {best.index}) | " if best else "")
             + " ".join(f"{state} {n}" for state, n in sorted(count.items()))
             + f" | {spent['tokens']:,} tokens | {spent['seconds']:.0f} s"
-            + (f", about {max(left, 0):.0f} s left" if left == left else "")
+            + (f", about {max(self.clock * (1 / share - 1), 0):.0f} s left" if share else "")
         )
 
 
@@ -1380,17 +1425,41 @@ class Train:
         place = {"out": str(out), "max_steps": budget, "resume": True}
         if shorter:
             place["branch"] = str(shorter[-1])
-        results = training.train(training.Config(**{**self.flags, **chosen, **place}))
+        results = training.train(training.Config(**{"samples": 0, **self.flags, **chosen, **place}))
         used = training.stored_config(out)
         for name, value in chosen.items():  # did the run use what was chosen for it?
             check(used[name] == value, name, used[name], f"{value}, which was chosen")
         for checkpoint in (f for s in shorter for f in s.glob("step-*.pt")):
             checkpoint.unlink()
+        # from the file, which has those too that came before an interruption
         for line in (out / "metrics.jsonl").read_text().splitlines():
             entry = json.loads(line)
             if "val_nats" in entry and entry["step"] < budget:
                 yield Report(entry["step"], entry["val_nats"], results["tokens"])  # all are spent
         yield Report(budget, results["val_nats"], results["tokens"])
+
+    def command(self, chosen: dict, budget: int) -> str:
+        """The command line that trains with these values in one run."""
+        config = {**self.flags, **chosen, "max_steps": budget, "out": "runs/best"}
+        preset = config.get("preset", "stories")
+        defaults = vars(training.resolve({"preset": preset}))
+        words = ["python", "06_train.py", "--preset", preset]
+        for name, value in config.items():
+            flag = name.replace("_", "-")
+            if name in ("samples", "resume", "branch") or value == defaults[name]:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+        return shlex.join(words)
+
+
+# Runs the words behind it and kills them, with all that they started, when its standard input ends:
+# when the study closes it, or dies, be it by kill -9.
+MORTAL = """exec 3<&0 </dev/null
+(read never <&3; kill -s KILL -- -$$) >/dev/null 2>&1 &
+exec "$@" 3<&-"""
 
 
 @dataclass(frozen=True)
@@ -1403,19 +1472,46 @@ class Command:
     template: str
     key: str = "val_nats"
 
-    def __call__(self, chosen: dict, budget: int, folder: Path) -> float:
+    def __post_init__(self):
+        self.names()
+
+    def parsed(self) -> list[list[tuple]]:
+        """The words of the template, each in pieces (text, name behind it, its format, _)."""
         try:
-            words = [word.format(**chosen, budget=budget, folder=folder)
-                     for word in shlex.split(self.template)]  # fmt: skip
+            return [list(string.Formatter().parse(word)) for word in shlex.split(self.template)]
+        except ValueError as error:
+            raise SweepError(f"--command: {error}; a brace of its own is written twice") from error
+
+    def names(self) -> set[str]:
+        return {name for word in self.parsed() for _, name, _, _ in word if name is not None}
+
+    def __call__(self, chosen: dict, budget: int, folder: Path) -> float:
+        values = {**chosen, "budget": budget, "folder": folder}
+
+        def filled(text: str, name: str | None, form: str | None, _) -> str:
+            if name is None:
+                return text
+            value = functools.reduce(operator.getitem, name.split("."), values)
+            return text + format(value, form or "")
+
+        try:
+            words = ["".join(filled(*piece) for piece in word) for word in self.parsed()]
         except KeyError as error:
-            raise SweepError(f"--command: {error} is not in the space") from error
-        done = subprocess.run(words, capture_output=True, text=True)
-        (folder / "output.txt").write_text(done.stdout + done.stderr)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SweepError(f"exit status {done.returncode}: {last}")
-        found = re.findall(rf"^{re.escape(self.key)}: *(\S+)", done.stdout, flags=re.MULTILINE)
-        check(bool(found), "output", done.stdout[-80:], f"a line '{self.key}: NUMBER'")
+            raise SweepError(f"--command: {error} has no value in this trial") from error
+        printed, complained = folder / "output.txt", folder / "errors.txt"
+        with (
+            open(printed, "w") as out,
+            open(complained, "w") as err,
+            subprocess.Popen(["sh", "-c", MORTAL, "sh", *words], stdin=subprocess.PIPE, stdout=out,
+                             stderr=err, start_new_session=True) as process,
+        ):  # fmt: skip
+            status = process.wait()
+        if status != 0:
+            last = (complained.read_text().strip().splitlines() or ["no message"])[-1]
+            raise SweepError(f"exit status {status}: {last}")
+        text = printed.read_text()
+        found = re.findall(rf"^{re.escape(self.key)}: *(\S+)", text, flags=re.MULTILINE)
+        check(bool(found), "output", text[-80:], f"a line '{self.key}: NUMBER'")
         return float(found[-1])
 
 
@@ -1441,46 +1537,36 @@ class Repeated:
                 yield Report(step, float(found.mean()), sum(r.tokens for r in reports), error)
 
 
-def folds(n: int, k: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(indices to train on, indices held out) of k folds of n things; each is held out once."""
-    check(2 <= k <= n, "k", k, f"2 to n={n}")
-    parts = np.array_split(np.random.default_rng(seed).permutation(n), k)
-    return [(np.concatenate(parts[:i] + parts[i + 1 :]), parts[i]) for i in range(k)]
-
-
 # 9. Reports
 
-
-def compared(study: Study) -> dict[int, float]:
-    """{trial: value} at the step that most trials have reached: values that may be compared."""
-    rungs = study.rungs.values()
-    return max(rungs, key=len, default={})
+ENOUGH = 16  # trials to judge importance by: two groups of 8
 
 
 def importance(study: Study) -> dict[str, float]:
     """The share of each parameter in the variance of the ranks of the values; they sum to 1.
 
-    Trials are put into groups of equal size along one parameter (options into one each); what the
-    group means explain of the variance, less what chance would explain (epsilon squared), is its
-    main effect. What two parameters do only together is not seen. All 0: nothing beyond chance.
+    Compared are the trials at the step that most of them have reached. They are put into groups of
+    equal size along one parameter (options into one each); what the group means explain of the
+    variance, less what chance would explain (epsilon squared), is its main effect. What two
+    parameters do only together is not seen. All 0: nothing beyond chance. Empty: fewer than ENOUGH.
     """
-    values = compared(study)
+    values = max(study.rungs.values(), key=len, default={})
     n = len(values)
+    if n < ENOUGH:
+        return {}
     ranks = np.argsort(np.argsort([worse_if_nan(v) for v in values.values()])).astype(float)
+    total = ((ranks - ranks.mean()) ** 2).sum()
     effects = {}
     for param in study.space.params:
-        seen = [study.trials[i].params.get(param.name) for i in values]
+        shares = np.array([share_of(param, study.trials[i]) for i in values])
         if isinstance(param.kind, Choice):
-            group = np.array([repr(v) for v in seen])
+            group = shares
         else:
-            x = np.array([math.nan if v is None else v for v in seen])
-            group = np.argsort(np.argsort(x)) * min(8, max(2, n // 8)) // max(n, 1)
-            group[np.isnan(x)] = -1
+            group = np.argsort(np.argsort(shares)) * min(8, n // 8) // n
+        group = np.where(np.isnan(shares), -1, group)  # those without it are a group of their own
         labels = np.unique(group)
         within = sum(((ranks[group == g] - ranks[group == g].mean()) ** 2).sum() for g in labels)
-        total = ((ranks - ranks.mean()) ** 2).sum() if n else 0
-        free = n - len(labels)
-        effects[param.name] = max(0.0, 1 - within / total * (n - 1) / free) if free > 0 else 0.0
+        effects[param.label] = max(0.0, 1 - within / total * (n - 1) / (n - len(labels)))
     whole = sum(effects.values())
     return {name: e / whole if whole else 0.0 for name, e in effects.items()}
 
@@ -1489,17 +1575,12 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def ranked(study: Study) -> list[Trial]:
-    """Trials with a value, the best first."""
-    return sorted((t for t in study.trials if t.value is not None), key=rank)
-
-
 def table(study: Study, top: int = 10) -> str:
     """The best trials, then those that failed, in columns."""
-    names = [p.name for p in study.space.params]
+    names = list(dict.fromkeys(p.name for p in study.space.params))
     rows = [["trial", "state", "step", "value", "+-", *names, "tokens", "s"]]
     failed = [t for t in study.trials if t.state == "failed"]
-    for t in ranked(study)[:top]:
+    for t in study.ranked[:top]:
         error = "" if math.isnan(t.last.error) else f"{t.last.error:.4f}"
         rows.append(
             [str(t.index), t.state, str(t.last.step), f"{t.value:.4f}", error]
@@ -1513,22 +1594,11 @@ def table(study: Study, top: int = 10) -> str:
     return "\n".join(lines + [f"trial {t.index} failed: {t.message}" for t in failed[:top]])
 
 
-def best_so_far(study: Study) -> list[tuple[int, float]]:
-    """(tokens of all trials, best value of all) after each report."""
-    spent, best, curve = {}, math.inf, []
-    for entry in study.store.read():
-        if "step" in entry:
-            spent[entry["trial"]] = entry["tokens"]
-            best = min(best, worse_if_nan(entry["value"]))
-            curve.append((sum(spent.values()), best))
-    return curve
-
-
 def share_of(param: Param, trial: Trial) -> float:
     """Where a trial's value lies between the ends of its parameter, 0 to 1; nan: it has none."""
-    kind, value = param.kind, trial.params.get(param.name)
-    if value is None:
+    if not param.active(trial.params):
         return math.nan
+    kind, value = param.kind, trial.params[param.name]
     if isinstance(kind, Choice):
         return (kind.options.index(value) + 0.5) / len(kind.options)
     low, high = kind.ends
@@ -1547,25 +1617,25 @@ def parallel(study: Study, width: int = 41) -> str:
     1 to 9 are the best trials in order, dots all others: follow a digit down to see its point.
     """
     lines = []
-    names = max(len(p.name) for p in study.space.params)
+    names = max(len(p.label) for p in study.space.params)
     for param in study.space.params:
         strip = [" "] * width
-        order = ranked(study)
-        for place in reversed(range(len(order))):
-            share = share_of(param, order[place])
+        for place, trial in reversed(list(enumerate(study.ranked, 1))):
+            share = share_of(param, trial)
             if not math.isnan(share):
-                strip[min(int(share * width), width - 1)] = str(place + 1) if place < 9 else "."
+                strip[min(int(share * width), width - 1)] = str(place) if place < 10 else "."
         low, high = ends(param)
-        lines.append(f"{param.name:{names}} {low:>8} |{''.join(strip)}| {high}")
+        lines.append(f"{param.label:{names}} {low:>8} |{''.join(strip)}| {high}")
     return "\n".join(lines)
 
 
 def plot(study: Study, folder: Path) -> list[Path]:
     """Saves curves.png, parallel.png, importance.png and best.png; needs matplotlib."""
-    needed("matplotlib", "matplotlib", "--plot").use("Agg")
+    check(bool(study.curve), "--plot", str(folder), "a study in which a trial has reported")
+    needed("matplotlib", "--plot").use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
     folder.mkdir(parents=True, exist_ok=True)
-    trials = [t for t in reversed(ranked(study)) if math.isfinite(t.value)]  # the best on top
+    trials = [t for t in reversed(study.ranked) if math.isfinite(t.value)]  # the best on top
     colours = plt.get_cmap("viridis")(np.linspace(1, 0, max(len(trials), 1)))  # dark is good
     params = study.space.params
     pictures = {}
@@ -1579,15 +1649,16 @@ def plot(study: Study, folder: Path) -> list[Path]:
     pictures["parallel"], axes = plt.subplots(figsize=(1.5 + 1.5 * len(params), 4))
     for trial, colour in zip(trials, colours):
         axes.plot([share_of(p, trial) for p in params], ".-", color=colour)
-    axes.set_xticks(range(len(params)), [f"{p.name}\n{' .. '.join(ends(p))}" for p in params])
+    axes.set_xticks(range(len(params)), [f"{p.label}\n{' .. '.join(ends(p))}" for p in params])
     axes.set(ylim=(0, 1), title="chosen values, low to high, the best dark")
 
     pictures["importance"], axes = plt.subplots()
-    axes.barh(*zip(*importance(study).items()))
-    axes.set(xlabel="share of the variance of ranks")
+    shares = importance(study)
+    axes.barh(list(shares), list(shares.values()))
+    axes.set(xlabel="share of the variance of ranks", title="" if shares else "too few trials")
 
     pictures["best"], axes = plt.subplots()
-    axes.step(*zip(*best_so_far(study)), ".-", where="post")
+    axes.step(*zip(*study.curve), ".-", where="post")
     axes.set(xlabel="tokens of all trials", ylabel="best value so far")
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", bbox_inches="tight")
@@ -1595,43 +1666,55 @@ def plot(study: Study, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
-def ended(study: Study) -> list[Trial]:
-    return [t for t in study.trials if t.state in ("done", "pruned", "failed")]
+def told(study: Study) -> list[Trial]:
+    """The trials that trackers hear of: those that have reported or failed."""
+    return [t for t in study.trials if t.reports or t.state == "failed"]
 
 
 def to_mlflow(study: Study) -> None:
-    """Copies every trial that has ended into mlflow.db in the study's folder, each one once.
+    """Copies the trials into mlflow.db in the study's folder; a second time, only what is new.
 
     MLflow keeps infinity as the largest float64.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would call home at import
-    mlflow = needed("mlflow", "mlflow", "--track mlflow")
+    mlflow = needed("mlflow", "--track mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{study.folder.resolve()}/mlflow.db")
     found = client.get_experiment_by_name(study.folder.name)
     experiment = found.experiment_id if found else client.create_experiment(study.folder.name)
-    there = {run.data.tags["trial"] for run in client.search_runs([experiment], max_results=10_000)}
-    status = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
-    for trial in ended(study):
-        if str(trial.index) in there:
-            continue
-        tags = {"trial": str(trial.index), "state": trial.state, "message": trial.message}
-        run = client.create_run(experiment, tags=tags, run_name=f"trial-{trial.index}").info.run_id
-        for name, value in {"seed": trial.seed, **trial.params}.items():
-            client.log_param(run, name, value)
+    there = client.search_runs([experiment], max_results=10_000)
+    there = {run.data.tags["trial"]: run for run in there}
+    for trial in told(study):
+        run = there.get(str(trial.index))
+        if run is None:
+            tags = {"trial": str(trial.index), "reached": "0"}
+            run = client.create_run(experiment, tags=tags, run_name=f"trial-{trial.index}")
+            for name, value in {"seed": trial.seed, **trial.params}.items():
+                client.log_param(run.info.run_id, name, value)
         for r in trial.reports:
-            client.log_metric(run, "value", r.value, step=r.step)
-            client.log_metric(run, "tokens", r.tokens, step=r.step)
-        client.set_terminated(run, status[trial.state])
+            if r.step > int(run.data.tags["reached"]):
+                client.log_metric(run.info.run_id, "value", r.value, step=r.step)
+                client.log_metric(run.info.run_id, "tokens", r.tokens, step=r.step)
+        tags = {"state": trial.state, "message": trial.message, "reached": trial.reached}
+        for name, value in tags.items():
+            client.set_tag(run.info.run_id, name, value)
+        status = {"done": "FINISHED", "failed": "FAILED"}.get(trial.state, "KILLED")
+        client.set_terminated(run.info.run_id, status)
 
 
 def to_wandb(study: Study) -> None:
-    """Writes every trial that has ended as an offline run; `wandb sync` uploads them later."""
-    wandb = needed("wandb", "wandb", "--track wandb")
-    for trial in ended(study):
+    """Writes the trials as offline runs; `wandb sync` uploads them later.
+
+    One that has gone on since the last time is written once more, under another id.
+    """
+    wandb = needed("wandb", "--track wandb")
+    for trial in told(study):
+        name = f"{study.folder.name}-{trial.index}-{trial.state}-{trial.reached}"
+        if list(study.folder.glob(f"wandb/offline-run-*-{name}")):
+            continue
         run = wandb.init(
             mode="offline", dir=study.folder, project="sweep", group=study.folder.name,
-            name=f"trial-{trial.index}", id=f"{study.folder.name}-{trial.index}",
-            tags=[trial.state], config={"seed": trial.seed, **trial.params},
+            name=f"trial-{trial.index}", id=name, tags=[trial.state],
+            config={"seed": trial.seed, **trial.params},
         )  # fmt: skip
         for r in trial.reports:
             run.log({"value": r.value, "tokens": r.tokens}, step=r.step)
@@ -1644,6 +1727,11 @@ TRACKERS = {"mlflow": to_mlflow, "wandb": to_wandb}
 
 # 10. The command line
 
+CLASSES = {
+    made.__name__: made
+    for made in (Range, Choice, Random, Sobol, Grid, TPE, Full, Median, ASHA, Hyperband, Train,
+                 Command, Repeated)
+}
 SAMPLERS = {
     "random": lambda s: Random(),
     "sobol": lambda s: Sobol(),
@@ -1668,6 +1756,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags; `given` are the names of those that stand there, `flags` are 06's, behind --."""
     parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="What follows -- goes to every run of 06_train.py. No flag at all: a demonstration.",
@@ -1682,7 +1771,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--key", default="val_nats", help="the name before the number that a command prints")
     add("--out", type=Path, default=Path("runs/sweep"), help="folder of the study")
     add("--report", action="store_true", help="only show what is in --out")
-    add("--resume", action="store_true", help="go on with the study in --out")
+    add("--resume", action="store_true", help="go on with the study in --out, whose flags need not "
+        "be given again; only ends, --workers and --executor may change")  # fmt: skip
     add("--sampler", choices=SAMPLERS, default="tpe")
     add("--points", type=int, default=5, help="grid: values of a range that has no step")
     add("--delay", type=int, default=1, help="tpe: workers that may be busy at once")
@@ -1692,6 +1782,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
         "each piece of a run")  # fmt: skip
     add("--eta", type=int, default=3, help="one trial in eta goes on to the next rung")
     add("--seeds", type=int, default=1, help="runs of each trial, to take the mean of")
+    add("--folds", type=int, default=1, help="the same, where a command leaves out {fold}")
     add("--seed", type=int, default=0, help="of the study")
     add("--workers", type=int, default=1, help="trials at once; 1: in this process")
     add("--executor", choices=("local", "ray"), default="local", help="where they run: on this "
@@ -1703,9 +1794,12 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--price", type=float, default=0.0, help="dollars for an hour of one worker")
     add("--track", choices=TRACKERS, help="at the end, copy the trials to this tracker")
     add("--plot", type=Path, metavar="DIR", help="save pictures there (needs matplotlib)")
-    settings = parser.parse_args(argv)
-    check(settings.dollars is None or settings.price > 0, "--price", settings.price,
-          "above 0 where --dollars is given")  # fmt: skip
+    cut = argv.index("--") if "--" in argv else len(argv)
+    settings = parser.parse_args(argv[:cut])
+    words = {word.split("=")[0] for word in argv[:cut]}
+    settings.given = {a.dest for a in parser._actions if words & set(a.option_strings)}
+    settings.flags = argv[cut + 1 :]
+    settings.given |= {"flags"} if settings.flags else set()
     return settings
 
 
@@ -1723,68 +1817,132 @@ def read_space(settings: argparse.Namespace) -> Space:
     return Space(tree)
 
 
-def training_objective(settings: argparse.Namespace, space: Space, flags: list[str]) -> Train:
+def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyperband) -> Train:
     """06_train.py as an objective, if it knows every name and the schedule allows the rule."""
     known = {f.name for f in fields(training.Config)} - {"out", "resume", "branch", "max_steps"}
-    for name in [*(p.name for p in space.params), *space.constants]:
+    for name in (p.name for p in (*space.params, *space.constants)):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         if name not in known:
             raise SweepError(f"--tune {name}: 06_train.py has no such field to choose{hint}")
-    given = training.read_flags(flags)
-    if RULES[settings.rule](settings).budgets(0) != [settings.budget]:
+    given = {"samples": 0} | training.read_flags(flags)
+    first = rule.budgets(0)[0]
+    if type(rule) is not Full:
         given = {"schedule": "constant"} | given
         check(given["schedule"] == "constant", "--schedule", given["schedule"],
-              f"constant, because --rule {settings.rule} makes runs longer")  # fmt: skip
+              "constant, because early stopping makes runs longer step by step")  # fmt: skip
     config = vars(training.resolve(given))
-    warmup = {p.name: p.kind.high for p in space.params if isinstance(p.kind, Range)}
-    warmup = warmup.get("warmup_steps", config["warmup_steps"])
-    first = RULES[settings.rule](settings).budgets(0)[0]
+    warmups = [p.kind.high for p in space.params
+               if p.name == "warmup_steps" and isinstance(p.kind, Range)]  # fmt: skip
+    warmup = max(warmups, default=config["warmup_steps"])
     check(warmup <= first, "warmup_steps", warmup, f"at most the first rung, {first} steps")
-    fixed = {name: value for name, value in config.items() if name in known and name != "seed"}
-    return Train(fixed)
+    return Train({name: value for name, value in config.items() if name in known - {"seed"}})
 
 
-def make_study(settings: argparse.Namespace, flags: list[str]) -> Study:
-    space = read_space(settings)
+def command_objective(
+    settings: argparse.Namespace, space: Space, repeated: set[str], early: bool
+) -> Command:
+    """A command line as an objective, if it takes all that it has to and nothing else."""
+    command = Command(settings.command, settings.key)
+    must = {p.name for p in space.params} | repeated | ({"budget"} if early else set())
+    known = {*must, "seed", "budget", "folder", *(p.name for p in space.constants)}
+    for name in sorted(command.names() - known):
+        raise SweepError(f"--command: {{{name}}} is not in the space, which has {sorted(known)}")
+    for name in sorted(must - command.names()):
+        raise SweepError(f"--command: {{{name}}} is not in it, and differs from run to run")
+    return command
+
+
+def make_objective(settings: argparse.Namespace, space: Space, rule: Full | ASHA | Hyperband):
+    repeated = {}
+    for name, count in (("seed", settings.seeds), ("fold", settings.folds)):
+        check(count >= 1, f"--{name}s", count, "at least 1")
+        repeated |= {name: tuple(range(count))} if count > 1 else {}
+    check(len(repeated) < 2, "--folds", settings.folds, "either --seeds or --folds")
     if settings.command:
-        objective = Command(settings.command, settings.key)
+        objective = command_objective(settings, space, {*repeated}, type(rule) is not Full)
     else:
-        objective = training_objective(settings, space, flags)
-    if settings.seeds > 1:
-        objective = Repeated(objective, "seed", tuple(range(settings.seeds)))
-    sampler, rule = SAMPLERS[settings.sampler](settings), RULES[settings.rule](settings)
-    return Study(settings.out, space, objective, sampler, rule, settings.seed)
+        check("fold" not in repeated, "--folds", settings.folds, "a --command that has {fold}")
+        objective = training_objective(settings.flags, space, rule)
+    for name, values in repeated.items():
+        objective = Repeated(objective, name, values)
+    return objective
+
+
+def rebuilt(stored):
+    """What `describe` was given; a function stays its name."""
+    if isinstance(stored, dict):
+        values = {name: rebuilt(value) for name, value in stored.items()}
+        return CLASSES[values.pop("class")](**values) if "class" in values else values
+    return tuple(map(rebuilt, stored)) if isinstance(stored, list) else stored
+
+
+def make_study(settings: argparse.Namespace) -> Study:
+    """The study that the flags describe; what none of them describes is as the store has it."""
+    store = Store(settings.out)
+    entries = store.read()
+    if settings.report and not entries:
+        raise SweepError(f"--report: there is no study in {settings.out}")
+    if entries and not settings.report and not settings.resume:
+        raise SweepError(f"--out {settings.out} holds a study: add --resume to go on with it")
+    stored = entries[0].get("study") if entries else None
+
+    def part(name: str, flags: set[str], make: Callable, again: Callable = rebuilt):
+        return make() if stored is None or settings.given & flags else again(stored[name])
+
+    try:
+        space = part("space", {"tune", "space"}, lambda: read_space(settings),
+                     lambda tree: Space(rebuilt(tree)))  # fmt: skip
+        sampler = part("sampler", {"sampler", "points", "delay"},
+                       lambda: SAMPLERS[settings.sampler](settings))  # fmt: skip
+        rule = part("rule", {"rule", "budget", "min_budget", "eta"},
+                    lambda: RULES[settings.rule](settings))  # fmt: skip
+        objective = part("objective", {"command", "key", "seeds", "folds", "flags"},
+                         lambda: make_objective(settings, space, rule))  # fmt: skip
+        seed = part("seed", {"seed"}, lambda: settings.seed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise store.damaged(1, one_line(error)) from error
+    if not callable(objective) and not settings.report:
+        raise SweepError(f"--resume: {objective} is a function; go on with its study from Python")
+    return Study(settings.out, space, objective, sampler, rule, seed)
 
 
 def report(study: Study) -> None:
     print("\n" + table(study) + "\n\n" + parallel(study))
-    print("\nimportance  " + ", ".join(f"{k} {v:.2f}" for k, v in importance(study).items()))
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in importance(study).items())
+    print(f"\nimportance  {shares or f'too few trials, fewer than {ENOUGH}'}")
+    objective, best = study.objective, study.best
+    config = {"seed": best.seed} | study.space.config(best.params) if best else {}
+    if isinstance(objective, Repeated) and objective.name == "seed":
+        objective, config = objective.objective, config | {"seed": 0}
+    if best and isinstance(objective, Train):
+        print("\nthe best in one run, with stories at the end:")
+        print(objective.command(config, study.rule.budget))
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    if argv in ([], ["transfer"]):
-        (transfer if argv else demo)()
+    if not argv:
+        demo()
         return 0
-    cut = argv.index("--") if "--" in argv else len(argv)
     try:
-        settings = read_flags(argv[:cut])
-        study = make_study(settings, argv[cut + 1 :])
-        if study.trials and not (settings.resume or settings.report):
-            raise SweepError(f"--out {study.folder} holds this study: add --resume to go on")
+        settings = read_flags(argv)
+        limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
+        study = make_study(settings)
         if not settings.report:
-            limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
-            if limits.endless and settings.sampler != "grid":
+            if limits.endless and not isinstance(study.sampler, Grid):
                 limits = Limits(trials=20)
             study.run(limits, settings.workers, executor=settings.executor)
         report(study)
         if settings.track:
             TRACKERS[settings.track](study)
+        if study.best is None:
+            print(f"07_sweep.py: no trial in {study.folder} has a value", file=sys.stderr)
+            return 1
         if settings.plot:
             print("saved " + ", ".join(map(str, plot(study, settings.plot))))
         return 0
-    except (SweepError, training.RunError) as error:
+    except (SweepError, training.RunError, OSError) as error:
         print(f"07_sweep.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1847,122 +2005,32 @@ RACE = ["--tune", "learning_rate=1e-5:1.0:log", "--tune", "weight_decay=1e-3:1.0
         "--min-budget", "20", "--eta", "3"]  # fmt: skip
 
 
-def race(folder: Path, seed: int, runs: int = 10) -> dict[str, Study]:
-    """Random search over so many whole runs, and ASHA until it has used as many tokens."""
+def demo_race(folder: Path, seed: int = 0, runs: int = 10) -> dict:
+    """Random search over so many whole runs, ASHA for as many tokens; the figures of both."""
     text = folder / "stories.txt"
     text.write_text("<|endoftext|>".join(story for story, _ in stories.corpus(1000, seed=0)))
     flags = [*TINY, "--data", str(text), "--cache", str(folder / "cache")]
     studies, limits = {}, Limits(trials=runs)
     for name, rule in (("random", "none"), ("ASHA", "asha")):
         given = [*RACE, "--rule", rule, "--seed", str(seed), "--out", str(folder / name)]
-        studies[name] = make_study(read_flags(given), flags).run(limits, show=False)
+        studies[name] = make_study(read_flags([*given, "--", *flags])).run(limits, show=False)
         limits = Limits(tokens=sum(t.tokens for t in studies[name].trials))
-    return studies
-
-
-def best_at(study: Study, tokens: float) -> float:
-    """The best value that a study had after so many tokens."""
-    return min((value for spent, value in best_so_far(study) if spent <= tokens), default=math.inf)
-
-
-def tokens_to_reach(study: Study, value: float) -> float:
-    """Tokens of all trials until the study had a value as good; infinity if it never had."""
-    return next((spent for spent, best in best_so_far(study) if best <= value), math.inf)
-
-
-def demo_race(folder: Path, seed: int = 0) -> None:
-    studies = race(folder, seed)
-    asha, whole = studies["ASHA"], studies["random"]
-    tokens = sum(t.tokens for t in whole.trials)
-    print(f"\nASHA over {len(asha.trials)} runs of 06_train.py, the best six, nats/token\n")
-    print(table(asha, top=6) + "\n\n" + parallel(asha))
-    print(f"\nthe best so far, beside random search over {len(whole.trials)} whole runs\n")
+    asha, whole, tokens = studies["ASHA"], studies["random"], limits.tokens
+    print(f"\nASHA over {len(asha.trials)} runs of 06_train.py, the best four, nats/token\n")
+    print(table(asha, top=4) + "\n\n" + parallel(asha))
+    print(f"\nthe best so far, beside random search over {runs} whole runs\n")
     print("   tokens     ASHA   random")
+    found = {}
     for share in (0.25, 0.5, 0.75, 1.0):
-        found = (best_at(s, share * tokens) for s in (asha, whole))
-        print(f"{share * tokens:9,.0f}" + "".join(f"{value:9.4f}" for value in found))
-    needs = tokens_to_reach(asha, whole.best.value) / tokens
+        found[share] = [min((value for spent, value in study.curve if spent <= share * tokens),
+                            default=math.inf) for study in (asha, whole)]  # fmt: skip
+        print(f"{share * tokens:9,.0f}" + "".join(f"{value:9.4f}" for value in found[share]))
+    reached = (spent for spent, value in asha.curve if value <= whole.best.value)
+    needs = next(reached, math.inf) / tokens
     print(f"\nASHA had a model as good as random's best after {needs:.0%} of its tokens"
           if needs <= 1 else "\nASHA did not find a model as good as random's best")  # fmt: skip
-
-
-# 11. Width transfer: a rate tuned on a narrow model, used on a wide one
-#
-# AdamW moves every weight by about its rate, whatever the gradient's size. What a matrix product
-# sums over `width` inputs therefore moves by rate * width in one step, and the best rate falls as
-# 1/width. If the hidden matrices (not embedding and gains) get rate * narrow/width instead, and
-# start with a spread of 1/sqrt(width) as 03_gpt.py's do, the best rate should stay where it was:
-# Yang et al. 2022 (arXiv 2203.03466). Of their rules these are two; so few steps show that it moves
-# less, and not that it stays.
-
-WIDTHS = (32, 128)
-RATES = [2.0**-k for k in range(10, 4, -1)]
-
-
-def train_width(
-    data: corpus.Data, width: int, rate: float, hidden: float, seed: int, steps: int = 80
-) -> float:
-    """Validation nats/token of a two-layer GPT, its hidden matrices trained at rate * hidden."""
-    T, B = 32, 8
-    heads = width // 16
-    shape = {"n_layer": 2, "n_head": heads, "n_kv_head": heads, "d_model": width}
-    torch.manual_seed(seed)
-    model = gpt.GPT(gpt.GPTConfig(data.vocabulary.size, T, **shape, d_mlp=2 * width))
-    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    groups = [{"params": matrices, "share": hidden}, {"params": others, "share": 1.0}]
-    optimizer = adamw.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def loss(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        h = model.hidden(x)  # (B, T, C)
-        return losses.linear_cross_entropy(h, model.embedding.weight, y, reduction=reduction)
-
-    end = data.vocabulary.end
-    train, val = (
-        batches.Batches(ids, batches.story_rows(ids, end, T), B, T, seed, torch.device("cpu"))
-        for ids in (data.train, data.val)
-    )
-    for step in range(steps):
-        x, y, _ = train.batch(step)  # (B, T), (B, T)
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        stability.clip_grad_norm_(list(model.named_parameters()), 1.0)
-        for group in optimizer.param_groups:
-            schedule = schedules.linear(step, steps, steps // 10, skip_zero=True)
-            group["lr"] = rate * group["share"] * schedule
-        optimizer.step()
-    with torch.no_grad():
-        parts = [val.take(np.arange(first, first + B)) for first in range(0, 128, B)]
-        nats = sum(loss(x, y, "sum").item() for x, y, _ in parts)
-    return nats / sum(count for _, _, count in parts)
-
-
-def transfer(seeds: int = 3) -> None:
-    """Prints the loss over the rate, narrow and wide, with one rate for all and with the rule."""
-    torch.set_num_threads(1)
-    narrow, wide = WIDTHS
-    rows = {
-        f"width {narrow}": (narrow, 1.0),
-        f"width {wide}, one rate for all": (wide, 1.0),
-        f"width {wide}, hidden at {narrow / wide:g} of it": (wide, narrow / wide),
-    }
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        data = corpus.prepare("stories", Path(folder), vocab_size=300, story_count=1000)
-        print(f"validation nats/token, mean of {seeds} seeds, by learning rate\n")
-        print(" " * 33 + "".join(f"{rate:9.5f}" for rate in RATES) + "     best", flush=True)
-        for name, (width, hidden) in rows.items():
-            runs = [[train_width(data, width, rate, hidden, seed) for rate in RATES]
-                    for seed in range(seeds)]  # fmt: skip
-            means = np.mean(runs, axis=0)  # (rates,)
-            found.append(means)
-            line = "".join(f"{x:9.3f}" for x in means) + f"{RATES[means.argmin()]:9.5f}"
-            print(f"{name:33}" + line, flush=True)
-    tuned = found[0].argmin()
-    plain, ruled = (row[tuned] - row.min() for row in found[1:])
-    print(f"\nthe best of width {narrow} costs width {wide} {plain:.3f} nats with one rate for "
-          f"all, {ruled:.3f} with the rule")  # fmt: skip
-    assert ruled < plain, "the rule should carry the rate over"
+    return {"seed": seed, "tokens": tokens, "random": found[1.0][1], "asha": found[1.0][0],
+            "asha_with_half": found[0.5][0], "as_good_after_share": needs}  # fmt: skip
 
 
 def demo() -> None:

@@ -39,6 +39,7 @@ from optuna.samplers._tpe.sampler import default_weights
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 sweep = importlib.import_module("07_sweep")
+transfer = importlib.import_module("results.transfer")
 Range, Choice, Space, Limits, Report = (
     sweep.Range, sweep.Choice, sweep.Space, sweep.Limits, sweep.Report
 )  # fmt: skip
@@ -169,7 +170,7 @@ def test_space_from_json_and_from_flags_equal_python():
         (lambda: Range(2, 1), "low=2: wanted below high=1"),
         (lambda: Range(0.0, 1.0, log=True), "low=0.0: wanted above 0"),
         (lambda: Range(0, 10, step=4), "high=10: wanted low [+] a multiple of step"),
-        (lambda: Range("a", "b"), "two numbers"),
+        (lambda: Range("a", "b"), "low='a': wanted a number"),
         (lambda: Range(0.0, math.inf), "finite"),
         (lambda: Choice(()), "at least one"),
         (lambda: Choice(("a", "a")), "each of them once"),
@@ -183,10 +184,23 @@ def test_space_from_json_and_from_flags_equal_python():
         (lambda: sweep.space_from_flag("lr"), "NAME=LOW:HIGH"),
         (lambda: sweep.space_from_flag("lr=0:1:log"), "lr: low=0"),
         (lambda: sweep.space_from_flag("lr=1:2:lin"), "log or step"),
-        (lambda: ASHA(10, 20), "min_budget=20"),
+        (lambda: ASHA(10, 20), "min_budget=20: wanted at most 10"),
+        (lambda: ASHA(10, 0), "min_budget=0"),
         (lambda: ASHA(10, eta=1), "eta=1"),
         (lambda: ASHA(10, form="pause"), "form='pause'"),
-        (lambda: sweep.folds(3, 4), "k=4"),
+        (lambda: Full(0), "budget=0: wanted at least 1"),
+        (lambda: Median(9, every=0), "every=0"),
+        (lambda: Hyperband(-5), "budget=-5"),
+        (lambda: Grid(0), "points=0"),
+        (lambda: TPE(delay=0), "delay=0"),
+        (lambda: Limits(trials=-3), "trials=-3: wanted above 0"),
+        (lambda: Limits(tokens=math.nan), "tokens=nan"),
+        (lambda: Space({"a": 1, "a.b": Range(0, 1)}), "'a.b' and 'a': one is a value"),
+        (lambda: Space({3: Range(0, 1)}), "name=3"),
+        (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": 3}}), "c: then=3"),
+        (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": {"a": 3}}}), "c: then=3"),
+        (lambda: sweep.space_from_json({"c": {"choice": 3}}), "c: choice=3: wanted a list"),
+        (lambda: sweep.space_from_flag("lr=0.1:1:step=x"), "lr: step='x': wanted a number"),
     ],
 )
 def test_wrong_values_are_named(make, word):
@@ -483,7 +497,7 @@ def test_store_keeps_nan_and_infinity(tmp_path):
     run(tmp_path / "s", objective, trials=4)
     again = study(tmp_path / "s", objective)
     assert [repr(t.value) for t in again.trials] == ["nan", "inf", "-inf", "1.0"]
-    assert sweep.ranked(again)[-1].index in (0, 1) and again.best.index == 2
+    assert again.ranked[-1].index in (0, 1) and again.best.index == 2
 
 
 def test_store_survives_a_cut_at_every_byte(tmp_path, monkeypatch):
@@ -516,7 +530,7 @@ def test_store_damaged_in_the_middle_is_refused(tmp_path):
     lines = file.read_text().splitlines(keepends=True)
     lines[3] = lines[3][:10] + "\n"
     file.write_text("".join(lines))
-    with pytest.raises(SweepError, match=r"study.jsonl, line 4 of \d+ is damaged"):
+    with pytest.raises(SweepError, match="study.jsonl, line 4 is damaged"):
         study(tmp_path / "s")
 
 
@@ -524,10 +538,10 @@ def test_store_refuses_another_study(tmp_path):
     run(tmp_path / "s", trials=2)
     for other, word in (
         ({"seed": 1}, "seed is 0, not 1"),
-        ({"rule": Full(10)}, "rule is"),
-        ({"sampler": Sobol()}, "sampler is"),
-        ({"space": {"x": Range(0.0, 2.0)}}, "space is"),
-        ({"objective": bowl_in_steps}, "objective is bowl, not bowl_in_steps"),
+        ({"rule": Full(10)}, "rule.budget is 9, not 10;"),
+        ({"sampler": Sobol()}, "sampler.class is 'Random', not 'Sobol';"),
+        ({"space": {**LINE, "n": Range(1, 8)}}, "space.n.high is 9, not 8;"),
+        ({"objective": bowl_in_steps}, "objective is 'bowl', not 'bowl_in_steps';"),
     ):
         with pytest.raises(SweepError, match=f"holds another study: its {word}"):
             study(tmp_path / "s", **other)
@@ -658,7 +672,7 @@ def test_a_crashing_trial_is_recorded_and_the_study_goes_on(workers, tmp_path):
     assert list(s.states.values()) == wanted
     again = study(tmp_path / "s", troubled)
     assert again.trials[1].message == "ValueError: on purpose"
-    assert again.trials[3].message == "no report at its budget, the last at 1"
+    assert again.trials[3].message == "no report at its budget or past it, the last at 1"
     assert "trial 1 failed: ValueError: on purpose" in sweep.table(again)
     assert "in troubled" in (tmp_path / "s" / "trial-00001" / "error.txt").read_text()
     assert (tmp_path / "s" / "trial-00004" / "log.txt").read_text().startswith("trial 4 with x = ")
@@ -747,13 +761,6 @@ def test_repeated_gives_mean_and_standard_error(tmp_path):
     assert again.trials[0].last == report and "1.5275" in sweep.table(again)
 
 
-def test_folds_hold_out_everything_once():
-    parts = sweep.folds(10, 3)
-    assert sorted(np.concatenate([held for _, held in parts]).tolist()) == list(range(10))
-    for train, held in parts:
-        assert sorted([*train, *held]) == list(range(10)) and len(held) in (3, 4)
-
-
 # budgets
 
 
@@ -825,14 +832,16 @@ def test_importance_takes_off_what_chance_explains(tmp_path, monkeypatch):
 def test_reports_of_an_empty_study(tmp_path):
     s = study(tmp_path / "s")
     assert sweep.table(s).split()[:4] == ["trial", "state", "step", "value"]
-    assert set(sweep.importance(s).values()) == {0.0} and s.best is None
+    assert sweep.importance(s) == {} and s.best is None and s.progress().startswith("0/? trials")
     sweep.parallel(s)
+    with pytest.raises(SweepError, match="a study in which a trial has reported"):
+        sweep.plot(s, tmp_path)
 
 
 def test_parallel_shows_the_best_where_they_lie(tmp_path):
     s = run(tmp_path / "s", trials=30)
     x, y, n = (line.split("|")[1] for line in sweep.parallel(s, width=50).splitlines())
-    best = sweep.ranked(s)[0].params
+    best = s.ranked[0].params
     assert x.index("1") == int(best["x"] * 50)
     assert y.index("1") == int((math.log10(best["y"]) + 3) / 3 * 50)
     assert n.index("1") == int((best["n"] - 0.5) / 9 * 50)
@@ -912,7 +921,7 @@ def test_command_line_runs_any_program(tmp_path, capsys):
     assert sweep.main(flags) == 0
     printed = capsys.readouterr().out
     assert "5/? trials | best 0.1025 (trial 1) | done 4 failed 1" in printed
-    assert "exit status 1: too large" in printed and "importance  x" in printed
+    assert "exit status 1: too large" in printed and "importance  too few" in printed
     assert sweep.main(flags) == 2
     assert "add --resume" in capsys.readouterr().err
     assert sweep.main([*flags, "--resume"]) == 0 and sweep.main([*flags, "--report"]) == 0
@@ -928,9 +937,9 @@ def test_command_line_runs_any_program(tmp_path, capsys):
         ("--tune learning_rate=3:2", "low=3: wanted below high=2"),
         ("--tune learning_rate=0:1:log", "above 0"),
         ("--space nowhere.json", "nowhere.json"),
-        ("--tune seed=1:2 --dollars 3", "--price=0.0: wanted above 0"),
+        ("--tune seed=1:2 --dollars 3", "price=0.0: wanted above 0"),
         ("--tune seed=1:2 --workers 3", "TPE's delay=1"),
-        ("--tune seed=1:2 --rule asha -- --schedule wsd", "constant, because --rule asha"),
+        ("--tune seed=1:2 --rule asha -- --schedule wsd", "constant, because early stopping"),
         ("--tune warmup_steps=1:99 --rule asha", "at most the first rung, 30 steps"),
         ("--tune seed=1:2 -- --modle 8m", "did you mean --model"),
     ],
@@ -959,7 +968,7 @@ def train_flags(tmp_path_factory):
 def train_study(folder, flags, *more):
     argv = ["--tune", "learning_rate=1e-3:1e-1:log", "--tune", "beta2=0.9:0.99", "--tune",
             "warmup_steps=0:2", "--sampler", "random", "--out", str(folder), *more]  # fmt: skip
-    return sweep.make_study(sweep.read_flags(argv), flags)
+    return sweep.make_study(sweep.read_flags([*argv, "--", *flags]))
 
 
 def test_asha_on_training_goes_on_exactly_where_it_paused(tmp_path, train_flags):
@@ -1027,9 +1036,9 @@ def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags, capsys):
 
 def test_train_width_is_adamw_with_a_rate_for_each_group(tmp_path):
     """Against torch's AdamW, loss and clipping, the rates by hand."""
-    data = sweep.corpus.prepare("stories", tmp_path, vocab_size=300, story_count=60)
-    ours = sweep.train_width(data, 32, 0.01, 0.25, seed=3, steps=10)
-    gpt, end = sweep.gpt, data.vocabulary.end
+    data = transfer.corpus.prepare("stories", tmp_path, vocab_size=300, story_count=60)
+    ours = transfer.train_width(data, 32, 0.01, 0.25, seed=3, steps=10)
+    gpt, end = transfer.gpt, data.vocabulary.end
     torch.manual_seed(3)
     shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "d_model": 32, "d_mlp": 64}
     model = gpt.GPT(gpt.GPTConfig(vocab_size=data.vocabulary.size, seq_len=32, **shape))
@@ -1040,7 +1049,7 @@ def test_train_width_is_adamw_with_a_rate_for_each_group(tmp_path):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
     train, val = (
-        sweep.batches.Batches(ids, sweep.batches.story_rows(ids, end, 32), 8, 32, 3, "cpu")
+        transfer.batches.Batches(ids, transfer.batches.story_rows(ids, end, 32), 8, 32, 3, "cpu")
         for ids in (data.train, data.val)
     )
 
@@ -1064,19 +1073,14 @@ def test_train_width_is_adamw_with_a_rate_for_each_group(tmp_path):
 # the main run
 
 
-def test_best_so_far_is_the_least_value_of_all_trials_by_their_tokens(tmp_path):
+def test_curve_is_the_least_value_of_all_trials_by_their_tokens(tmp_path):
     s = run(tmp_path / "s", bowl_in_steps, rule=ASHA(9, 1, 3))
     lines = [json.loads(x) for x in s.store.file.read_text().splitlines()]
     lines = [e for e in lines if "step" in e]
-    curve = sweep.best_so_far(s)
+    assert len(s.curve) == len(lines)
     for k in (0, 5, len(lines) - 1):
         tokens = {e["trial"]: e["tokens"] for e in lines[: k + 1]}
-        assert curve[k] == (sum(tokens.values()), min(e["value"] for e in lines[: k + 1]))
-    spent, best = curve[len(curve) // 2]
-    assert sweep.best_at(s, spent) == best and sweep.best_at(s, 0) == math.inf
-    first = next(tokens for tokens, value in curve if value == best)
-    assert sweep.tokens_to_reach(s, best) == first
-    assert sweep.tokens_to_reach(s, -1.0) == math.inf
+        assert s.curve[k] == (sum(tokens.values()), min(e["value"] for e in lines[: k + 1]))
 
 
 def optuna_search(sampler, seed, trials=60):
@@ -1141,15 +1145,7 @@ def races(seeds=range(5)):
     found = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            studies = sweep.race(Path(folder), seed)
-            asha, whole = studies["ASHA"], studies["random"]
-            tokens = sum(t.tokens for t in whole.trials)
-            half = sweep.best_at(asha, tokens / 2)
-            after = sweep.tokens_to_reach(asha, whole.best.value) / tokens
-            values = {"random": whole.best.value, "asha": sweep.best_at(asha, tokens),
-                      "asha_with_half": half, "as_good_after_share": after}  # fmt: skip
-            values = {name: round(value, 4) for name, value in values.items()}
-            found.append({"seed": seed, "tokens": tokens, **values})
+            found.append(sweep.demo_race(Path(folder), seed))
     return found
 
 
