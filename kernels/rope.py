@@ -451,15 +451,16 @@ def benchmark(H: int = 4, G: int = 2, D: int = 128) -> None:
     inputs = [a.requires_grad_() for a in (x, *gains.unbind())]
     dy = [torch.randn((B, T, heads, D), **kind) for heads in (H, G, G)]
 
-    def run(implementation, inputs, tables):
+    def run(f, implementation, inputs, tables):
         x, q_gain, k_gain = inputs
         options = {"q_gain": q_gain, "k_gain": k_gain, "implementation": implementation}
-        outputs = rope_qkv(x, *tables, H, G, **options)
+        outputs = f(x, *tables, H, G, **options)
         like = [a.to(b) for a, b in zip(dy, outputs)]
         return *outputs, *torch.autograd.grad(outputs, inputs, like)
 
-    exact = run("reference", [a.detach().double().requires_grad_() for a in inputs], exact_tables)
-    ours = run("triton", inputs, tables)
+    wide = [a.detach().double().requires_grad_() for a in inputs]
+    exact = run(rope_qkv, "reference", wide, exact_tables)
+    ours = run(rope_qkv, "triton", inputs, tables)
     errors = [(a - b).abs().max().item() for a, b in zip(ours, exact)]
     place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
     print(f"{B} rows of {T} tokens, heads {H} + 2 * {G} of {D}, {x.dtype}, {place}")
@@ -470,9 +471,13 @@ def benchmark(H: int = 4, G: int = 2, D: int = 128) -> None:
         assert max(errors) < 2e-5, "this is not RoPE with QK-norm"
         return
     passes = 4 + (H + G) / (H + 2 * G)  # forward 2, backward 2 and the normed part of x
-    for implementation in ("reference", "triton"):
-        ms = triton.testing.do_bench(partial(run, implementation, inputs, tables))
-        print(f"{implementation:12}{ms:8.3f} ms {1e-6 * passes * x.nbytes / ms:6.0f} GB/s")
+    for name, f, implementation in (
+        ("eager", rope_qkv, "reference"),
+        ("compiled", torch.compile(rope_qkv), "reference"),
+        ("triton", rope_qkv, "triton"),
+    ):
+        ms = triton.testing.do_bench(partial(run, f, implementation, inputs, tables))
+        print(f"{name:9}{ms:8.3f} ms {1e-6 * passes * x.nbytes / ms:6.0f} GB/s")
 
 
 if __name__ == "__main__":
