@@ -8,14 +8,19 @@ The loop of Self-Instruct and all that came after it. A pool begins with tasks w
     answer     have it write input and output for each; for classifications the label first
     train      on the answers only: loss = -1/|A| sum over t in A of ln p(x_t | x_<t)
 
-Alpaca asks for task, input and output in one; Evol-Instruct makes tasks harder by six operations
-and eliminates what failed. Around them: one prompt for every row of a table with a schema for the
-answers, augmentation, near duplicates, decontamination, diversity, formats, folds by ancestor,
-distillation (a teacher's texts, or its soft targets), a copula for what prompts ask for.
+    python 09_selfinstruct.py                        # the experiment below: offline, 152 s
+    python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME \\
+        --price-in 0.15 --price-out 0.6 --dollars 2 --plan
+    python 09_selfinstruct.py --mode rows --rows shop.csv --template ask.txt --schema answer.json \\
+        --endpoint URL --model NAME
 
-Every item goes through a ledger, with its parents, operator, prompt, seed, verdict and reason; a
-killed run goes on from it and ends with the same data. "Model" is any callable
-complete(prompts, **sampling) -> texts: a checkpoint of 06, an OpenAI-compatible server, your own.
+`--mode alpaca` asks for task, input and output in one; `evol` makes tasks harder by six operations
+and eliminates what failed (Evol-Instruct); `rows` puts one prompt to every row of a table, with a
+schema for the answers; `augment` varies the seeds, offline; `folds` says what the data of a run are
+worth, by cross-validation over families of seeds; `distil` compares a teacher's texts with its soft
+targets. Every item goes through a ledger with its parents, operator, prompt, seed, verdict and
+reason; a killed run goes on from it and ends with the same data. A model is any callable
+complete(prompts, **sampling) -> texts: an OpenAI-compatible server, a checkpoint of 06, your own.
 
 Letters: B rows, T or S positions, V vocabulary, n words or texts, d attributes.
 
@@ -25,16 +30,9 @@ answers that were checked: STaR, Zelikman et al. 2022 (2203.14465); ROUGE-L: Lin
 Hyyro 2004; MinHash: Broder 1997; EDA: Wei & Zou 2019 (1901.11196); AEDA: Karimi et al. 2021
 (2108.13230); logit distillation: Hinton et al. 2015 (1503.02531).
 
-Run, with any server, what it will cost first:
-
-    python 09_selfinstruct.py --mode self-instruct --endpoint URL --model NAME --dollars 2 --plan
-    python 09_selfinstruct.py --mode rows --rows shop.csv --template ask.txt --schema answer.json \\
-        --endpoint URL --model NAME
-
-or offline: `--mode augment`, what the data of a run are worth (`--mode folds`), two ways to distil
-(`--mode distil`), and without a mode the experiment: a small model of stories writes requests and
-stories for itself, and learns from those that the grammar says were fulfilled (CPU, 152 s on one
-core of an AMD EPYC (Zen 3)). From seed 0 it prints
+Without a mode, the experiment: a small model of stories writes requests and stories for itself, and
+learns from those that the grammar of data/stories.py says were fulfilled (CPU, 152 s on one core of
+an AMD EPYC (Zen 3)). From seed 0 it prints
 
     base model, 117,632 parameters, kept in runs/selfinstruct/base-141d7e5a2e2c.pt
     round 1  200 requests, 160 accepted; 19 held out for the test, ...
@@ -74,29 +72,21 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
+import contextlib
 import copy
-import csv
-import email.utils
 import hashlib
-import http.client
 import importlib
 import inspect
+import itertools
 import json
 import math
-import os
 import random
 import re
 import statistics
 import sys
-import threading
-import time
 import typing
 import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,7 +95,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import bpe, stories
+from data import bpe, rows, stories
+from data.endpoint import BackendError, Endpoint, Journal, Limits, Reply, digest, estimated_tokens
 
 losses = importlib.import_module("01_loss")
 mlm = importlib.import_module("02_mlm")
@@ -119,388 +110,13 @@ muon = importlib.import_module("10_muon")
 IGNORE = -100  # the label of a token that is not learned: cross_entropy's ignore_index
 
 
-def digest(*parts: object) -> str:
-    """Twelve characters that name the parts, the same in every process."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def generator(*parts: object) -> random.Random:
     """The random numbers that belong to these parts: random() seeds by SHA-512 of a string."""
     return random.Random(json.dumps(parts))
 
 
-# ---- 1. Back ends: complete(prompts, **sampling) -> replies, one for each prompt, in order ----
-#
-# Any callable of this form is a back end. Sampling, all optional: temperature, top_p, min_p,
-# max_tokens, presence_penalty, stop (a list of texts) and seed; prompt i is asked with seed + i.
+# ---- 1. Filters: what is wrong with one text ----
 
-
-class BackendError(Exception):
-    """The model cannot be asked any more; what it has answered is kept."""
-
-
-class Reply(str):
-    """What a model wrote. `cut` tells that it was stopped by max_tokens, not by itself."""
-
-    cut: bool
-
-    def __new__(cls, text: str, cut: bool = False):
-        reply = super().__new__(cls, text)
-        reply.cut = cut
-        return reply
-
-
-def end_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of the stops, and whether there is one."""
-    places = [i for i in (text.find(s) for s in stop) if i >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
-class Checkpoint:
-    """A model of 06_train as a back end. A reply depends on the prompt, its seed, and the model.
-
-    Prompts of different lengths run in one batch: all rows start with the shortest prompt, and
-    a row whose prompt goes on takes its next token from there, not from the draw.
-    """
-
-    def __init__(self, model: gpt.GPT, vocabulary: bpe.Vocabulary, batch: int = 128):
-        self.model, self.vocabulary, self.batch = model, vocabulary, batch
-
-    @classmethod
-    def load(cls, folder: Path) -> Checkpoint:
-        """Raises: BackendError where the folder holds no run."""
-        state = training.load_checkpoint(folder) if folder.is_dir() else None
-        if state is None:
-            raise BackendError(f"{folder}: no checkpoint; make one with 06_train.py --out {folder}")
-        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
-        model = training.build(training.Config(**state["config"]), vocabulary)
-        model.load_state_dict(state["model"])
-        return cls(model, vocabulary)
-
-    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **sampling) -> list[Reply]:
-        encoding = self.vocabulary.encoding()
-        ids = [[self.vocabulary.end, *encoding.encode_ordinary(prompt)] for prompt in prompts]
-        for prompt, row in zip(prompts, ids):
-            if len(row) >= self.model.config.seq_len:
-                raise BackendError(
-                    f"prompt {prompt[:40]!r}... has {len(row)} tokens; wanted fewer than "
-                    f"seq_len={self.model.config.seq_len} of the checkpoint"
-                )
-        replies: list[Reply] = [Reply("")] * len(prompts)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike together: less waiting
-        for first in range(0, len(order), self.batch):
-            part = order[first : first + self.batch]
-            seeds = [seed + i for i in part]
-            for i, reply in zip(part, self.write([ids[i] for i in part], seeds, **sampling)):
-                replies[i] = reply
-        return replies
-
-    @torch.no_grad()
-    def write(
-        self,
-        prompts: list[list[int]],
-        seeds: list[int],
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        presence_penalty: float = 0.0,
-        **sampling,
-    ) -> list[Reply]:
-        model, end = self.model, self.vocabulary.end
-        lengths = [len(row) for row in prompts]
-        most = model.config.seq_len
-        limits = [min(most, n + most if max_tokens is None else n + max_tokens) for n in lengths]
-        # a row of uniform draws for each seed, so that a reply does not depend on its batch
-        draws = np.stack([np.random.default_rng(s).random(most) for s in seeds])
-        draws = torch.from_numpy(draws).float()  # (B, S)
-        ids = torch.full((len(prompts), max(limits)), end)  # (B, S)
-        for row, prompt in zip(ids, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        ids = ids.to(model.embedding.weight.device)
-        lengths, limits = torch.tensor([lengths, limits], device=ids.device)  # (B,), (B,)
-        rows, begin = torch.arange(len(ids), device=ids.device), int(lengths.min())
-        cache = gpt.KVCache(model.config, *ids.shape, like=model.embedding.weight)
-        said = torch.zeros(len(ids), model.config.vocab_size, device=ids.device)  # (B, V)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        new = ids[:, :begin]
-        for at in range(begin, ids.shape[1]):
-            logits = model(new, cache)[:, -1] - presence_penalty * said  # (B, V)
-            mass = gpt.next_token_probabilities(logits, **sampling).cumsum(-1)
-            drawn = torch.searchsorted(mass, draws[:, at : at + 1].to(ids.device) * mass[:, -1:])
-            free = at >= lengths  # past its prompt
-            ended |= at >= limits
-            token = torch.where(free, drawn[:, 0].clamp(max=said.shape[1] - 1), ids[:, at])
-            token[ended & free] = end
-            ended |= free & (token == end)
-            said[rows[free], token[free]] = 1
-            ids[:, at] = token
-            new = token[:, None]
-            if ended.all():
-                break
-        encoding, replies = self.vocabulary.encoding(), []
-        for row, n, limit in zip(ids.tolist(), lengths.tolist(), limits.tolist()):
-            own = row[n:limit]
-            cut = end not in own
-            text, stopped = end_at(encoding.decode(own if cut else own[: own.index(end)]), stop)
-            replies.append(Reply(text, cut and not stopped))
-        return replies
-
-
-class Journal:
-    """An append-only JSONL file. What `add` has written together is there together or not at all.
-
-    The last line of a group carries "last": true. What stands behind the last such line comes
-    from a process that was killed, and is cut off. One process at a time may write.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path, self.entries = Path(path), []
-        whole, pending, place = 0, [], 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.splitlines(keepends=True), 1):
-            place += len(line)
-            try:
-                entry = json.loads(line)
-                pending.append({k: v for k, v in entry.items() if k != "last"})
-            except (ValueError, AttributeError) as error:
-                if place < len(data):
-                    raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
-                break
-            if entry.get("last") and line.endswith(b"\n"):
-                self.entries += pending
-                whole, pending = place, []
-        if whole < len(data):
-            os.truncate(self.path, whole)
-
-    def add(self, entries: list[dict]) -> None:
-        lines = [json.dumps(e, ensure_ascii=False) for e in entries[:-1]]
-        lines.append(json.dumps(entries[-1] | {"last": True}, ensure_ascii=False))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.entries += entries
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would carry the key along to wherever a reply points."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-@dataclass
-class Limits:
-    """What may be spent in all. A request counts before it is sent at the most it can cost."""
-
-    tokens: int = 1_000_000
-    dollars: float = 5.0
-    dollars_per_million_in: float = 0.0
-    dollars_per_million_out: float = 0.0
-
-
-class Retry(Exception):
-    """A failure that may be over the next time; `wait` is what the server asked for, seconds."""
-
-    def __init__(self, reason: str, wait: float = 0.0, billed: bool = False):
-        super().__init__(reason)
-        self.wait, self.billed = wait, billed
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds to wait by a Retry-After header: a number or a date; 0 where it says nothing."""
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
-
-
-class Endpoint:
-    """An OpenAI-compatible /chat/completions server as a back end.
-
-    Args:
-        url: up to and without /chat/completions, such as https://api.openai.com/v1.
-        cache: a JSONL file of all answers; what stands there is never asked again.
-        limits: see `Limits`. A request whose answer is lost on the way counts in full, since it
-            may have been billed.
-        key_variable: name of the environment variable with the key. The key is read when a
-            request is sent, and is in no message and no file; to a host that is not this machine
-            it goes by https only. Redirects are not followed.
-    Up to `concurrency` requests at a time, each at most `timeout` seconds, tried `tries` times with
-    1, 2, 4 ... seconds (jittered) in between, or as long as Retry-After says.
-    Raises: BackendError after the last try, for an error that no try will mend, and over budget.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        cache: str | Path,
-        limits: Limits | None = None,
-        *,
-        key_variable: str = "OPENAI_API_KEY",
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        tries: int = 6,
-        first_wait: float = 1.0,
-        longest_wait: float = 120.0,
-    ):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise BackendError(f"--endpoint {url}: wanted https://HOST/v1 or http://localhost/v1")
-        self.local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
-        self.limits, self.key_variable = limits or Limits(), key_variable
-        if not self.local and not os.environ.get(key_variable):
-            raise BackendError(f"no key: put it into the environment as {key_variable}")
-        if not self.local and parts.scheme != "https":
-            raise BackendError(f"--endpoint {url}: a key goes by https only")
-        self.concurrency, self.timeout, self.tries = concurrency, timeout, tries
-        self.first_wait, self.longest_wait = first_wait, longest_wait
-        self.journal = Journal(cache)
-        self.cached = {entry["key"]: entry for entry in self.journal.entries}
-        self.tokens, self.dollars = 0, 0.0  # spent or reserved
-        for entry in self.journal.entries:  # a budget holds over restarts
-            self.spend(entry["in"], entry["out"])
-        self.lock = threading.Lock()
-        handlers = [NoRedirect] + ([urllib.request.ProxyHandler({})] if self.local else [])
-        self.opener = urllib.request.build_opener(*handlers)
-
-    def spend(self, tokens_in: int, tokens_out: int) -> None:
-        self.tokens += tokens_in + tokens_out
-        self.dollars += tokens_in * self.limits.dollars_per_million_in / 1e6
-        self.dollars += tokens_out * self.limits.dollars_per_million_out / 1e6
-
-    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **sampling) -> list[Reply]:
-        sampling.setdefault("max_tokens", 1024)  # without it no bound on the cost is known
-        bodies = [
-            {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-             "seed": seed + i, **sampling}
-            for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        stopped = threading.Event()  # one has failed for good: the others need not begin
-        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self.answer, body, stopped) for body in bodies]
-        errors = [future.exception() for future in futures if future.exception()]
-        if errors:
-            raise next((e for e in errors if str(e) != "not asked"), errors[0])
-        return [future.result() for future in futures]
-
-    def answer(self, body: dict, stopped: threading.Event) -> Reply:
-        """The reply to one request: from the cache, or from the server and then in the cache."""
-        key = digest(self.url, body)
-        for attempt in range(self.tries):
-            if stopped.is_set():
-                raise BackendError("not asked")
-            if key in self.cached:
-                return Reply(self.cached[key]["text"], self.cached[key]["cut"])
-            try:
-                most = self.reserve(body)
-                try:
-                    entry = self.ask(body)
-                except Retry as error:
-                    if not error.billed:
-                        self.release(most)
-                    raise
-                with self.lock:
-                    self.spend(entry["in"] - most[0], entry["out"] - most[1])
-                    self.journal.add([{"key": key, **entry}])
-                    self.cached[key] = entry
-                return Reply(entry["text"], entry["cut"])
-            except Retry as error:
-                wait = self.first_wait * 2**attempt * random.uniform(0.5, 1.5)
-                wait = max(error.wait, min(wait, self.longest_wait))
-                if attempt + 1 == self.tries or wait > self.longest_wait:
-                    stopped.set()
-                    about = f"; it asks to wait {wait:.0f} s" if wait > self.longest_wait else ""
-                    raise BackendError(
-                        f"{self.url}: {error}, after {attempt + 1} tries{about}"
-                    ) from None
-                stopped.wait(wait)
-            except BackendError:
-                stopped.set()
-                raise
-        raise AssertionError("the last try returns or raises")
-
-    def reserve(self, body: dict) -> tuple[int, int]:
-        """Counts the most that a request can cost: a token has at least one byte."""
-        most = 16 + len(body["messages"][0]["content"].encode()), body["max_tokens"]
-        with self.lock:
-            before = self.tokens, self.dollars
-            self.spend(*most)
-            for name, spent, limit in (
-                ("tokens", self.tokens, self.limits.tokens),
-                ("dollars", self.dollars, self.limits.dollars),
-            ):
-                if spent > limit:
-                    self.tokens, self.dollars = before
-                    raise BackendError(
-                        f"over budget: with the next request {name} may reach {spent:.4g}, above "
-                        f"--{name} {limit:.4g}; raise it to go on, the answers so far are kept"
-                    )
-        return most
-
-    def release(self, most: tuple[int, int]) -> None:
-        with self.lock:
-            self.spend(-most[0], -most[1])
-
-    def ask(self, body: dict) -> dict:
-        """One request. Raises: Retry, BackendError."""
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(self.key_variable):
-            headers["Authorization"] = "Bearer " + os.environ[self.key_variable]
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        deadline = time.monotonic() + self.timeout
-        try:
-            with self.opener.open(request, timeout=self.timeout) as response:
-                data = b""
-                while piece := response.read1(1 << 16):  # `timeout` alone bounds each wait only
-                    data += piece
-                    if time.monotonic() > deadline or len(data) > 1 << 24:
-                        raise Retry("the answer is too slow or too long", billed=True)
-                if response.length:
-                    raise Retry("the answer broke off", billed=True)
-        except urllib.error.HTTPError as error:
-            reason = self.hide(f"status {error.code}: {error.read(200).decode(errors='replace')!r}")
-            if error.code in (408, 429) or error.code >= 500:
-                wait = retry_after(error.headers.get("Retry-After"))
-                raise Retry(reason, wait, billed=error.code == 504) from None
-            raise BackendError(f"{self.url}: {reason}") from None
-        except (OSError, http.client.HTTPException) as error:
-            sent = not isinstance(getattr(error, "reason", None), ConnectionRefusedError)
-            reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise Retry(f"unreachable: {reason}", billed=sent) from None
-        return self.read(data)
-
-    def hide(self, text: str) -> str:
-        """Servers repeat keys that they refuse."""
-        return text.replace(os.environ.get(self.key_variable) or "\0", "[key]")
-
-    def read(self, data: bytes) -> dict:
-        """What a body says, its types checked."""
-        try:
-            reply = json.loads(data)
-            choice, usage = reply["choices"][0], reply["usage"]
-            entry = {
-                "text": choice["message"]["content"],
-                "cut": choice["finish_reason"] == "length",
-                "in": usage["prompt_tokens"],
-                "out": usage["completion_tokens"],
-            }
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise Retry(f"not a chat completion: {error!r}", billed=True) from None
-        good = isinstance(entry["text"], str)
-        if not good or any(type(entry[k]) is not int or entry[k] < 0 for k in ("in", "out")):
-            raise Retry("not a chat completion: content or usage of a wrong type", billed=True)
-        return entry
-
-
-# ---- 2. Likeness: ROUGE-L, an exact novelty gate, MinHash for pools too large for it ----
 
 ALONE = re.compile(  # scripts written without spaces: each character is a word
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -525,160 +141,6 @@ def ngrams(w: list[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
 
 
-def places(a: Sequence[str]) -> dict[str, int]:
-    """For each word of a the bits at which it stands."""
-    found: dict[str, int] = {}
-    for i, word in enumerate(a):
-        found[word] = found.get(word, 0) | 1 << i
-    return found
-
-
-def common(found: dict[str, int], size: int, b: Sequence[str]) -> int:
-    """Length of the longest common subsequence of b and the text of `size` words in `found`.
-
-    Bit i of v is 0 where row i of the usual table goes up by one. A word of b changes the whole
-    column in three operations on one big integer (Hyyro 2004).
-    """
-    full = v = (1 << size) - 1
-    for word in b:
-        if u := v & found.get(word, 0):
-            v = (v + u | v - u) & full
-    return size - v.bit_count()
-
-
-def f1(lcs: int, a: int, b: int) -> float:
-    """The F-measure of ROUGE-L, by the operations of rouge_score: equal to the last bit."""
-    if not lcs:
-        return 0.0
-    precision, recall = lcs / b, lcs / a
-    return 2 * precision * recall / (precision + recall)
-
-
-def rouge_l(reference: str, text: str) -> float:
-    """ROUGE-L F1 of two texts, in [0, 1]."""
-    a, b = words(reference), words(text)
-    return f1(common(places(a), len(a), b), len(a), len(b))
-
-
-class NoveltyGate:
-    """A pool of texts that knows the nearest of them to a new one, exactly.
-
-    A common subsequence is at most as long as the multiset of common words is large. An index from
-    (word, how manieth) to texts counts those for the whole pool at once, and only texts whose
-    bound is above what is sought are compared.
-
-    On 427 texts of 16 words, 90,951 pairs, one core: rouge_score 14.8 s; rouge_l 1.76 s, 8 times
-    as fast, since it splits both texts each time; the gate 0.158 s with above=0.7, 94 times, and
-    0.195 s for the ten nearest, 76 times; all with the same scores.
-    """
-
-    def __init__(self, texts: Iterable[str] = ()):
-        self.pool: list[list[str]] = []
-        self.index: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
-        self.exact: dict[str, int] = {}
-        self.compared = 0
-        for text in texts:
-            self.add(text)
-
-    @staticmethod
-    def numbered(text: list[str]) -> list[tuple[str, int]]:
-        seen: collections.Counter = collections.Counter()
-        result = []
-        for word in text:
-            seen[word] += 1
-            result.append((word, seen[word]))
-        return result
-
-    def add(self, text: str) -> None:
-        self.exact.setdefault(text, len(self.pool))
-        a = words(text)
-        for key in self.numbered(a):
-            self.index[key].append(len(self.pool))
-        self.pool.append(a)
-
-    def nearest(self, text: str, count: int = 1, above: float = 0.0) -> list[tuple[float, int]]:
-        """The (score, place in the pool) of the `count` most alike, best first, of score > above.
-
-        Of equal scores the earlier place comes first.
-        """
-        b = words(text)
-        shared = collections.Counter(i for key in self.numbered(b) for i in self.index.get(key, ()))
-        bounds = sorted((-f1(n, len(self.pool[i]), len(b)), i) for i, n in shared.items())
-        best: list[tuple[float, int]] = []
-        found, size = places(b), len(b)
-        for bound, i in bounds:
-            least = -best[-1][0] if len(best) == count else above
-            if -bound < least or -bound <= above:
-                break
-            self.compared += 1
-            a = self.pool[i]
-            score = f1(common(found, size, a), len(a), size)
-            if score > above:
-                best = sorted([*best, (-score, i)])[:count]
-        return [(-score, i) for score, i in best]
-
-
-def hash64(x: np.ndarray) -> np.ndarray:
-    """64 bits scattered to 64 others, as the last step of SplitMix64 does (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-class MinHash:
-    """Near duplicates in a large pool: P(two signatures agree at a place) = Jaccard similarity.
-
-    With b bands of r places, a pair of similarity s meets in at least one band with probability
-    1 - (1 - s^r)^b: 16 x 8 turns from 10% to 90% between 0.54 and 0.81.
-    """
-
-    def __init__(self, bands: int = 16, rows: int = 8, shingle: int = 3, seed: int = 0):
-        self.bands, self.rows, self.shingle = bands, rows, shingle
-        with np.errstate(over="ignore"):
-            self.keys = hash64(np.arange(1, bands * rows + 1, dtype=np.uint64) + np.uint64(seed))
-        self.tables: list[dict[bytes, list[int]]] = [{} for _ in range(bands)]
-        self.signatures: list[np.ndarray] = []
-
-    def shingles(self, text: str) -> set[str]:
-        w = words(text)
-        return set(map(" ".join, ngrams(w, self.shingle))) or {" ".join(w)}
-
-    def signature(self, text: str) -> np.ndarray:
-        """(bands * rows,) uint64: for each key the least hash of the text's shingles."""
-        raw = b"".join(
-            hashlib.blake2b(s.encode(), digest_size=8).digest() for s in sorted(self.shingles(text))
-        )
-        x = np.frombuffer(raw, dtype="<u8")
-        with np.errstate(over="ignore"):
-            return hash64(x[:, None] ^ self.keys).min(0)
-
-    def add(self, text: str) -> list[int]:
-        """Takes the text in; returns the places of the earlier ones that share a band with it."""
-        signature, met = self.signature(text), set()
-        for table, band in zip(self.tables, signature.reshape(self.bands, self.rows)):
-            same = table.setdefault(band.tobytes(), [])
-            met.update(same)
-            same.append(len(self.signatures))
-        self.signatures.append(signature)
-        return sorted(met)
-
-    def similarity(self, i: int, j: int) -> float:
-        """The estimate of the Jaccard similarity; its standard error is sqrt(s (1 - s) / k)."""
-        return float((self.signatures[i] == self.signatures[j]).mean())
-
-
-def without_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
-    """Places of the texts to keep: the first of each group of likeness >= threshold stays."""
-    hashes, kept = MinHash(), []
-    for i, text in enumerate(texts):
-        near = (j for j in hashes.add(text) if hashes.similarity(i, j) >= threshold)
-        if not set(near) & set(kept):
-            kept.append(i)
-    return kept
-
-
-# ---- 3. Quality and diversity ----
-
 TERMS = """image images graph graphs picture pictures file files map maps draw plot video audio
 music flowchart diagram""".split()  # what a text model can neither see nor make
 TERM = re.compile(rf"\b({'|'.join(map(re.escape, [*TERMS, 'go to']))})\b", re.IGNORECASE)
@@ -688,7 +150,6 @@ STOP_WORDS = set(
     out she should so some such than that the their them then there these they this those to up us
     was we were what when where which who will with would you your""".split()
 )
-LEAKS = ("given prompt", "rewritten prompt", "created prompt", "new prompt")
 
 
 def instruction_fault(text: str, least: int = 4, most: int = 150) -> str | None:
@@ -733,99 +194,103 @@ def repetition_fault(text: str) -> str | None:
     return None
 
 
-class Decontaminator:
-    """Tells which texts share a run of n words with a text of the test set (n = 13: GPT-3).
+# ---- 2. Likeness to a pool: ROUGE-L, and an exact novelty gate ----
 
-    A test text of fewer than n words is looked for as a whole.
+
+def positions(a: Sequence[str]) -> dict[str, int]:
+    """For each word of a the bits at which it stands."""
+    bits: dict[str, int] = {}
+    for i, word in enumerate(a):
+        bits[word] = bits.get(word, 0) | 1 << i
+    return bits
+
+
+def lcs_length(bits: dict[str, int], size: int, b: Sequence[str]) -> int:
+    """Length of the longest common subsequence of b and the text of `size` words in `bits`.
+
+    Bit i of v is 0 where row i of the usual table goes up by one. A word of b changes the whole
+    column in three operations on one big integer (Hyyro 2004).
     """
-
-    def __init__(self, tests: Iterable[str], n: int = 13):
-        self.sizes: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
-        for text in tests:
-            w = words(text)
-            if w:
-                size = min(n, len(w))
-                self.sizes[size].update(ngrams(w, size))
-
-    def fault(self, text: str) -> str | None:
-        w = words(text)
-        for size, grams in self.sizes.items():
-            for gram in ngrams(w, size):
-                if gram in grams:
-                    return f"in the test set: {' '.join(gram)}"
-        return None
+    full = v = (1 << size) - 1
+    for word in b:
+        if u := v & bits.get(word, 0):
+            v = (v + u | v - u) & full
+    return size - v.bit_count()
 
 
-def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Different n-grams over all n-grams (Li et al. 2016): comparable at equal numbers of words."""
-    grams = [gram for text in texts for gram in ngrams(words(text), n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def self_bleu(texts: Sequence[str], n: int = 4, most: int = 200) -> float:
-    """Mean BLEU-n of each of the first `most` texts against the others (Zhu et al. 2018).
-
-    A count of 0 becomes epsilon 0.1, as in nltk's smoothing method 1. High means alike.
-    """
-    texts = [words(text) for text in texts[:most]]
-    if len(texts) < 2:
+def f1(lcs: int, a: int, b: int) -> float:
+    """The F-measure of ROUGE-L, by the operations of rouge_score: equal to the last bit."""
+    if not lcs:
         return 0.0
-    logs = np.zeros(len(texts))
-    for size in range(1, n + 1):
-        counts = [collections.Counter(ngrams(w, size)) for w in texts]
-        top: dict[tuple, list[int]] = {}  # of each n-gram the two highest counts in any text
-        for count in counts:
-            for gram, times in count.items():
-                top[gram] = sorted([*top.get(gram, [0, 0]), times])[-2:]
-        for i, count in enumerate(counts):
-            total = max(1, count.total())
-            hits = 0
-            for gram, times in count.items():
-                second, first = top[gram]
-                others = second if times == first else first  # equal: another has it, or `second`
-                hits += min(times, others)
-            logs[i] += math.log(max(hits, 0.1) / total) / n
-    lengths = np.array([len(w) for w in texts])
-    for i, size in enumerate(lengths):
-        others = np.delete(lengths, i)
-        near = min(others, key=lambda x: (abs(x - size), x))
-        logs[i] += min(0.0, 1 - near / size) if size else -math.inf
-    return float(np.exp(logs).mean())
+    precision, recall = lcs / b, lcs / a
+    return 2 * precision * recall / (precision + recall)
 
 
-def verb_nouns(instructions: Iterable[str]) -> collections.Counter:
-    """How often a first word goes with the first later word that is no stop word.
+def rouge_l(reference: str, text: str) -> float:
+    """ROUGE-L F1 of two texts, in [0, 1]."""
+    a, b = words(reference), words(text)
+    return f1(lcs_length(positions(a), len(a), b), len(a), len(b))
 
-    In imperatives these are mostly the verb and its object; no parser looks closer.
+
+class NoveltyGate:
+    """A pool of texts that knows the nearest of them to a new one, exactly.
+
+    A common subsequence is at most as long as the multiset of common words is large. An index from
+    (word, its first, second ... time) to texts counts those for the whole pool at once, and only
+    texts whose bound is above what is sought are compared.
+
+    On 427 texts of 16 words, 90,951 pairs, one core: rouge_score 14.8 s; rouge_l 1.76 s, 8 times
+    as fast, since it splits both texts each time; the gate 0.158 s with above=0.7, 94 times, and
+    0.195 s for the ten nearest, 76 times; all with the same scores.
     """
-    pairs: collections.Counter = collections.Counter()
-    for text in instructions:
-        w = words(text)
-        nouns = [word for word in w[1:] if word not in STOP_WORDS and len(word) > 2]
-        if nouns:
-            pairs[w[0], nouns[0]] += 1
-    return pairs
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self.pool: list[list[str]] = []
+        self.index: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
+        self.exact: dict[str, int] = {}
+        self.compared = 0
+        for text in texts:
+            self.add(text)
+
+    @staticmethod
+    def numbered(text: list[str]) -> list[tuple[str, int]]:
+        seen: collections.Counter = collections.Counter()
+        result = []
+        for word in text:
+            seen[word] += 1
+            result.append((word, seen[word]))
+        return result
+
+    def add(self, text: str) -> None:
+        self.exact.setdefault(text, len(self.pool))
+        a = words(text)
+        for key in self.numbered(a):
+            self.index[key].append(len(self.pool))
+        self.pool.append(a)
+
+    def nearest(self, text: str, count: int = 1, above: float = 0.0) -> list[tuple[float, int]]:
+        """The (score, place in the pool) of the `count` most alike, best first, of score > above.
+
+        Of equal scores the earlier place comes first.
+        """
+        b = words(text)
+        shared = collections.Counter(i for key in self.numbered(b) for i in self.index.get(key, ()))
+        bounds = sorted((-f1(n, len(self.pool[i]), len(b)), i) for i, n in shared.items())
+        best: list[tuple[float, int]] = []
+        bits, size = positions(b), len(b)
+        for bound, i in bounds:
+            least = -best[-1][0] if len(best) == count else above
+            if -bound < least or -bound <= above:
+                break
+            self.compared += 1
+            a = self.pool[i]
+            score = f1(lcs_length(bits, size, a), len(a), size)
+            if score > above:
+                best = sorted([*best, (-score, i)])[:count]
+        return [(-score, i) for score, i in best]
 
 
-def vendi_score(texts: Sequence[str], most: int = 500) -> float:
-    """How many quite different texts the first `most` are worth: exp of the entropy of the
-    eigenvalues of K/n, with K the cosine similarities of word counts (Friedman & Dieng 2022).
-
-    n equal texts give 1, n texts without a common word n.
-    """
-    counts = [collections.Counter(words(text)) for text in texts[:most]]
-    number = {word: i for i, word in enumerate(sorted({w for c in counts for w in c}))}
-    x = np.zeros((len(counts), len(number)))  # (n, V)
-    for row, count in zip(x, counts):
-        for word, times in count.items():
-            row[number[word]] = times
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    values = np.linalg.eigvalsh(x @ x.T / max(1, len(x)))
-    values = values[values > 1e-12]
-    return float(np.exp(-(values * np.log(values)).sum()))
-
-
-# ---- 4. The ledger, and Self-Instruct: tasks that a model invents from a few of ours ----
+# ---- 3. The ledger: every item with its parents and its verdict ----
 
 
 class Ledger:
@@ -841,20 +306,30 @@ class Ledger:
         self.steps: dict[str, list[dict]] = collections.defaultdict(list)
         for entry in self.journal.entries:
             self.steps[entry["step"]].append(entry)
-        old = {k: v for k, v in self.steps.get("settings", [{}])[0].items() if k != "step"}
-        if not old:
-            self.journal.add([{"step": "settings", **settings}])
-        elif old != json.loads(json.dumps(settings)):
+        settings = {"step": "settings", **json.loads(json.dumps(settings))}
+        if not self.journal.entries:
+            self.journal.add([settings])
+        elif settings != (old := self.journal.entries[0]):
             names = [k for k in settings | old if old.get(k) != settings.get(k)]
             raise ValueError(f"{path} has a run with another {', '.join(names)}; use another --out")
 
     def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
+        """The items of a step: those in the file, or else what work() returns, written there.
+
+        A replayed step never calls `work`: what the closure does beside returning its items (take
+        them into a pool, say) must be done again by the caller, from what this returns.
+        """
         if name not in self.steps:
             entries = [{"step": name, **item} for item in work()] or [{"step": name}]
             entries = json.loads(json.dumps(entries))  # as they will be read: no tuples
             self.journal.add(entries)
             self.steps[name] = entries
         return [entry for entry in self.steps[name] if "verdict" in entry]
+
+    def items(self) -> list[dict]:
+        """All items once, whatever their verdict."""
+        entries = (e for step in self.steps.values() for e in step if "verdict" in e)
+        return list({entry["id"]: entry for entry in entries}.values())
 
 
 @dataclass(frozen=True)
@@ -903,21 +378,12 @@ def accepted(items: Iterable[dict]) -> list[dict]:
     return [item for item in items if item["verdict"] == "accepted"]
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a .csv file with a header, or of a file with one JSON object a line.
+def refusal(reply: Reply) -> str:
+    """Why the server gave no text; "" where it gave one."""
+    return f"refused: {reply.refused}" if reply.refused else ""
 
-    Raises: ValueError that names the line.
-    """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if str(path).endswith(".csv"):
-            return list(csv.DictReader(file, restkey="more", restval=""))
-        rows = []
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(dict(json.loads(line).items()))
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object: {error}") from error
-    return rows
+
+# ---- 4. Self-Instruct: tasks that a model invents from a few of ours ----
 
 
 def load_seeds(path: str | Path) -> list[dict]:
@@ -925,8 +391,8 @@ def load_seeds(path: str | Path) -> list[dict]:
 
     Raises: ValueError that names the line.
     """
-    seeds, wanted = read_rows(path), {"id": str, "instruction": str, "input": str, "output": str,
-                                      "classification": bool}  # fmt: skip
+    seeds, wanted = rows.read_rows(path), {"id": str, "instruction": str, "input": str,
+                                           "output": str, "classification": bool}  # fmt: skip
     for number, task in enumerate(seeds, 1):
         for name, kind in wanted.items():
             if not isinstance(task.get(name), kind):
@@ -934,6 +400,8 @@ def load_seeds(path: str | Path) -> list[dict]:
                 raise ValueError(f"{path}, line {number}: {name} is {got}, wanted {kind.__name__}")
     if len({task["id"] for task in seeds}) < len(seeds):
         raise ValueError(f"{path}: two tasks have the same id")
+    if not seeds:
+        raise ValueError(f"{path}: no tasks; wanted at least one, a JSON object a line")
     return seeds
 
 
@@ -958,8 +426,7 @@ class SelfInstruct:
     label_tokens: int = 300  # of instances that begin with the label
     instance_presence_penalty: float = 1.5
     instances: int = 5  # at most, of one task
-    batch: int = 32  # tasks for which instances are asked at a time
-    most_requests: int = 1000  # for instructions: then the model has no new ideas
+    most_idle: int = 5  # requests running without an accepted task: the model has no new ideas
 
 
 def instruction_prompt(shots: list[dict]) -> str:
@@ -1019,12 +486,14 @@ class Pool:
 def propose(
     maker: Maker,
     pool: Pool,
-    wanted: int,
     prompt_of: Callable[[list[dict]], str],
     read: Callable[[Reply], list[dict]],
     **sampling,
-) -> list[dict]:
-    """New tasks, until `wanted` are accepted: steps 1 and 2. Their nearest parent comes first."""
+) -> Iterator[list[dict]]:
+    """Steps 1 and 2: after each request the tasks accepted so far, their nearest parent first.
+
+    Raises: BackendError when the model has no new ideas.
+    """
     operator = type(pool.settings).__name__
 
     def work(number: int) -> list[dict]:
@@ -1036,22 +505,26 @@ def propose(
         for i, (shots, prompt, reply) in enumerate(zip(shown, prompts, replies)):
             tasks = read(reply)
             if not tasks:
-                items.append(maker.item(operator, shots, prompt, "no task in the reply", seed + i))
+                fault = refusal(reply) or "no task in the reply"
+                items.append(maker.item(operator, shots, prompt, fault, seed + i))
             for task in tasks:
-                fault, near = pool.judge(task)
+                fault, nearest = pool.judge(task)
                 parents = nearest_first(shots, task["instruction"])
-                item = maker.item(operator, parents, prompt, fault, seed + i, **task, near=near)
+                item = maker.item(operator, parents, prompt, fault, seed + i, **task, near=nearest)
                 items.append(item)
                 if not fault:
                     pool.take(item)  # at once: the next task of this reply is compared with it
         return items
 
-    for number in range(pool.settings.most_requests):
-        if len(pool.made) >= wanted:
-            break
+    idle = 0
+    for number in itertools.count():
+        before = len(pool.made)
         for item in accepted(maker.ledger.step(f"{operator} {number}", partial(work, number))):
-            pool.take(item)
-    return list(pool.made.values())
+            pool.take(item)  # again, for a step that was replayed
+        idle = 0 if len(pool.made) > before else idle + 1
+        if idle == pool.settings.most_idle:
+            raise BackendError(f"{maker.model}: {idle} requests running without an accepted task")
+        yield list(pool.made.values())
 
 
 def question_prompt(seeds: list[dict], settings: SelfInstruct, instruction: str) -> str:
@@ -1091,8 +564,8 @@ def read_instances(reply: Reply, classification: bool) -> list[tuple[str, str]]:
     blocks = re.split(rf"^{one}:", str(reply), flags=re.MULTILINE)[1:]
     pairs = []
     for block in blocks[: -1 if reply.cut else None]:
-        first, found, second = block.partition(f"\n{two}:")
-        if found:
+        first, both, second = block.partition(f"\n{two}:")
+        if both:
             pair = (first.strip(), second.split("\nTask:")[0].strip())
             pairs.append(pair[::-1] if classification else pair)
     return [("" if a.lower().strip(" .") == NO_INPUT else a, b) for a, b in pairs]
@@ -1103,7 +576,7 @@ def judge_instances(pairs: list[tuple[str, str]], most: int) -> list[str | None]
     outputs = collections.defaultdict(set)
     for input, output in pairs:
         outputs[input].add(output)
-    if any(len(found) > 1 for found in outputs.values()):
+    if any(len(several) > 1 for several in outputs.values()):
         return ["one input, two outputs"] * len(pairs)  # the task is not understood: drop all
     faults: list[str | None] = []
     for i, (input, output) in enumerate(pairs):
@@ -1116,19 +589,47 @@ def judge_instances(pairs: list[tuple[str, str]], most: int) -> list[str | None]
     return faults
 
 
+def answer_tasks(maker: Maker, seeds: list[dict], tasks: list[dict], s: SelfInstruct) -> list[dict]:
+    """Instances of the tasks, good and bad: steps 3 to 5."""
+    name, items = "instances", []
+    about = [task["id"] for task in tasks]
+    questions = [question_prompt(seeds, s, task["instruction"]) for task in tasks]
+    limits = {"temperature": 0.0, "max_tokens": s.verdict_tokens, "stop": ["\n"]}
+    answers = maker.ask(questions, name, "question", about, **limits)
+    labels = [answer.strip().lower().startswith("yes") for answer in answers]
+    for kind in (True, False):
+        some = [task for task, label in zip(tasks, labels) if label == kind]
+        prompts = [instance_prompt(seeds, task["instruction"], kind) for task in some]
+        replies = maker.ask(
+            prompts, name, kind, about, temperature=0.0, stop=["\n\nTask:"],
+            max_tokens=s.label_tokens if kind else s.instance_tokens,
+            presence_penalty=s.instance_presence_penalty,
+        )  # fmt: skip
+        seed = maker.seed_of(name, kind, about)
+        for i, (task, prompt, reply) in enumerate(zip(some, prompts, replies)):
+            pairs = read_instances(reply, kind)
+            content = {"instruction": task["instruction"], "classification": kind}
+            for (input, output), fault in zip(pairs, judge_instances(pairs, s.instances)):
+                whole = {**content, "input": input, "output": output}
+                items.append(maker.item("instance", [task], prompt, fault, seed + i, **whole))
+            if not pairs:
+                fault = refusal(reply) or "no instance in the reply"
+                items.append(maker.item("instance", [task], prompt, fault, seed + i, **content))
+    return sorted(items, key=lambda item: about.index(item["parents"][0]))
+
+
 def self_instruct(
     maker: Maker, seeds: list[dict], wanted: int, settings: SelfInstruct | None = None
 ) -> list[dict]:
-    """Instruction data by the six steps; the accepted instances, with their instruction.
+    """Instruction data by the six steps: the accepted instances of `wanted` accepted tasks.
 
-    1 propose, 2 filter (both: `propose`), 3 classification or not, 4 instances, 5 filter; step 6,
-    the texts to train on, is `training_text`.
+    1 propose, 2 filter (both: `propose`), 3 classification or not, 4 instances, 5 filter (these:
+    `answer_tasks`, after each request); step 6, the texts to train on, is `training_text`.
     """
     s = settings or SelfInstruct()
-    tasks = propose(
+    proposals = propose(
         maker,
         Pool(seeds, s),
-        wanted,
         instruction_prompt,
         read_instructions,
         temperature=s.temperature,
@@ -1137,38 +638,18 @@ def self_instruct(
         max_tokens=s.instruction_tokens,
         stop=[f"\n{s.last_number}", "\n\n"],
     )
-
-    def work(number: int, batch: list[dict]) -> list[dict]:
-        name, items = f"instances {number}", []
-        questions = [question_prompt(seeds, s, task["instruction"]) for task in batch]
-        limits = {"temperature": 0.0, "max_tokens": s.verdict_tokens, "stop": ["\n"]}
-        answers = maker.ask(questions, name, "question", **limits)
-        labels = [answer.strip().lower().startswith("yes") for answer in answers]
-        for kind in (True, False):
-            some = [task for task, label in zip(batch, labels) if label == kind]
-            prompts = [instance_prompt(seeds, task["instruction"], kind) for task in some]
-            replies = maker.ask(
-                prompts, name, kind, temperature=0.0, stop=["\n\nTask:"],
-                max_tokens=s.label_tokens if kind else s.instance_tokens,
-                presence_penalty=s.instance_presence_penalty,
-            )  # fmt: skip
-            seed = maker.seed_of(name, kind)
-            for i, (task, prompt, reply) in enumerate(zip(some, prompts, replies)):
-                pairs = read_instances(reply, kind)
-                content = {"instruction": task["instruction"], "classification": kind}
-                for (input, output), fault in zip(pairs, judge_instances(pairs, s.instances)):
-                    full = {**content, "input": input, "output": output}
-                    items.append(maker.item("instance", [task], prompt, fault, seed + i, **full))
-                if not pairs:
-                    fault = "no instance in the reply"
-                    items.append(maker.item("instance", [task], prompt, fault, seed + i, **content))
-        return items
-
-    items = []
-    for number, first in enumerate(range(0, len(tasks), s.batch)):
-        batch = tasks[first : first + s.batch]
-        items += maker.ledger.step(f"instances {number}", partial(work, number, batch))
-    return accepted(items)
+    items, done = [], 0
+    for tasks in proposals:
+        tasks = tasks[:wanted]
+        while done < len(tasks):  # twice where an earlier run wanted fewer and stopped in between
+            work = partial(answer_tasks, maker, seeds, tasks[done:], s)
+            made = maker.ledger.step(f"instances from {done}", work)
+            done += len({item["parents"][0] for item in made})
+            items += accepted(made)
+        if done >= wanted:
+            names = {task["id"] for task in tasks}
+            return [item for item in items if item["parents"][0] in names]
+    raise AssertionError("`propose` goes on until it raises")
 
 
 # ---- 5. Alpaca: whole tasks, many in one reply. Evol-Instruct: harder tasks from tasks ----
@@ -1187,7 +668,7 @@ class Alpaca:
     max_tokens: int = 3072
     novelty: float = 0.7
     neighbours: int = 10
-    most_requests: int = 1000
+    most_idle: int = 5
 
 
 FIELDS = ("Instruction", "Input", "Output")
@@ -1226,10 +707,9 @@ def alpaca(
 ) -> list[dict]:
     """`wanted` accepted tasks with input and output, one instance each."""
     s = settings or Alpaca()
-    return propose(
+    proposals = propose(
         maker,
         Pool(seeds, s),
-        wanted,
         lambda shots: alpaca_prompt(shots, s.last_number),
         read_tasks,
         temperature=s.temperature,
@@ -1237,6 +717,7 @@ def alpaca(
         max_tokens=s.max_tokens,
         stop=[f"\n{s.last_number + 1}."],
     )
+    return next(tasks[:wanted] for tasks in proposals if len(tasks) >= wanted)
 
 
 OPERATIONS = {  # the first five are in depth; what they add is limited to 10-20 words
@@ -1247,6 +728,11 @@ OPERATIONS = {  # the first five are in depth; what they add is limited to 10-20
     "input": "Give it an input to work on (data, a table, code or a text), and refer to that.",
     "breadth": "Invent a quite different task of the same field, as hard and as long, but rarer.",
 }
+
+
+LEAKS = ("given prompt", "rewritten prompt", "created prompt", "new prompt")
+
+ROUNDS, EVOLVED_TOKENS = 4, 2048
 
 
 def evolve_prompt(operation: str, task: dict) -> str:
@@ -1284,9 +770,6 @@ def evolution_fault(instruction: str, output: str, verdict: str) -> str | None:
     return f"words of our prompt: {leak}" if leak else None
 
 
-ROUNDS, EVOLVED_TOKENS = 4, 2048
-
-
 def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 32) -> list[dict]:
     """Evol-Instruct: all tasks that came through, of every round; the given ones not among them.
 
@@ -1300,14 +783,16 @@ def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 3
         rng = generator(maker.seed, name)
         operations = [rng.choice(list(OPERATIONS)) for _ in some]
         prompts = [evolve_prompt(o, task) for o, task in zip(operations, some)]
-        texts = [reply.strip() for reply in maker.ask(prompts, name, "evolve", **hot)]
+        replies = maker.ask(prompts, name, "evolve", **hot)
+        texts = [reply.strip() for reply in replies]
         outputs = maker.ask([answer_prompt(t) for t in texts], name, "answer", **hot)
+        refusals = [refusal(one) or refusal(two) for one, two in zip(replies, outputs)]
         compare = [equal_prompt(task["instruction"], t) for task, t in zip(some, texts)]
         verdicts = maker.ask(compare, name, "equal", temperature=0.0, max_tokens=4)
         return [
             maker.item(
                 f"evol {operations[i]}", [task], prompts[i],
-                evolution_fault(texts[i], outputs[i], verdicts[i]),
+                refusals[i] or evolution_fault(texts[i], outputs[i], verdicts[i]),
                 maker.seed_of(name, "evolve") + i,
                 instruction=texts[i], input="", output=outputs[i].strip(),
             )
@@ -1326,126 +811,30 @@ def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 3
     return made
 
 
-# ---- 6. One prompt for every row of a table, and a schema for the answers ----
-
-TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
-         "number": (int, float), "integer": int}  # fmt: skip
-RULES = {"type": (str, list), "required": list, "enum": list, "properties": dict,
-         "items": (dict, bool), "minimum": (int, float), "maximum": (int, float),
-         "additionalProperties": (dict, bool)}  # fmt: skip
-
-
-def is_a(value: object, kind: str) -> bool:
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()  # JSON Schema: 1.0 is an integer
-    return isinstance(value, TYPES[kind]) and (
-        not isinstance(value, bool) or kind == "boolean"  # in Python a bool is an int
-    )
-
-
-def same(a: object, b: object) -> bool:
-    """Equality of JSON: 1 is 1.0, but not true."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True) or (
-        is_a(a, "number") and is_a(b, "number") and a == b
-    )
-
-
-def check_schema(schema: object, at: str = "schema") -> None:
-    """Raises: ValueError for a schema that says what `schema_fault` would not look at."""
-    if not isinstance(schema, dict):
-        raise ValueError(f"{at}: wanted an object, got {schema!r}")
-    kinds = schema.get("type", [])
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if unknown := sorted(schema.keys() - RULES) or [k for k in kinds if k not in TYPES]:
-        raise ValueError(f"{at}: {unknown[0]!r} is not among {', '.join([*RULES, *TYPES])}")
-    for name, rule in schema.items():
-        if not isinstance(rule, RULES[name]):
-            raise ValueError(f"{at}.{name}: {rule!r} is of a wrong type")
-    for name, part in schema.get("properties", {}).items():
-        check_schema(part, f"{at}.{name}")
-    for name in ("items", "additionalProperties"):
-        if isinstance(schema.get(name), dict):
-            check_schema(schema[name], f"{at}.{name}")
-
-
-def schema_fault(value: object, schema: dict, at: str = "$") -> str | None:
-    """The first place where a value breaks a JSON schema, and how; None for one that fits.
-
-    Of the language the rules in RULES, as `check_schema` makes sure.
-    """
-    kinds = schema.get("type", list(TYPES))
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if not any(is_a(value, kind) for kind in kinds):
-        return f"{at} is {json.dumps(value)[:40]}, wanted {' or '.join(kinds)}"
-    if "enum" in schema and not any(same(value, one) for one in schema["enum"]):
-        return f"{at} is {json.dumps(value)[:40]}, wanted one of {json.dumps(schema['enum'])}"
-    if is_a(value, "number"):
-        if value < schema.get("minimum", -math.inf):
-            return f"{at} is {value}, wanted at least {schema['minimum']}"
-        if value > schema.get("maximum", math.inf):
-            return f"{at} is {value}, wanted at most {schema['maximum']}"
-    parts: list[tuple[str, object, object]] = []
-    if isinstance(value, dict):
-        if missing := [name for name in schema.get("required", []) if name not in value]:
-            return f"{at}.{missing[0]} is missing"
-        rules, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        parts = [(f"{at}.{k}", v, rules.get(k, others)) for k, v in value.items()]
-    elif isinstance(value, list):
-        parts = [(f"{at}[{i}]", v, schema.get("items", True)) for i, v in enumerate(value)]
-    for place, part, rule in parts:
-        if rule is False:
-            return f"{place} is not asked for"
-        if rule is not True and (fault := schema_fault(part, rule, place)):
-            return fault
-    return None
-
-
-def fill(template: str, row: dict) -> str:
-    """The template with each {column} replaced by the row's value; other braces stay."""
-
-    def value(match: re.Match) -> str:
-        x = row.get(match[1], match[0])
-        return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
-
-    return re.sub(r"\{([^{}\n]+)\}", value, template)
-
-
-def read_answer(reply: Reply, schema: dict) -> tuple[object, str | None]:
-    """The JSON of a reply, also out of a fence, and its fault."""
-    if reply.cut:
-        return None, "cut off"
-    text = re.sub(r"\A\s*```(?:json)?\s*\n(.*)\n\s*```\s*\Z", r"\1", reply, flags=re.DOTALL)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return None, f"no JSON: {error}"
-    return value, schema_fault(value, schema)
-
-
-ANSWER_TOKENS = 512  # of one row
+# ---- 6. One prompt for every row of a table: see data/rows.py ----
 
 
 def process_rows(
-    maker: Maker, rows: list[dict], template: str, schema: dict, batch: int = 32
+    maker: Maker, table: list[dict], template: str, schema: dict, batch: int = 16
 ) -> list[dict]:
     """One item for each row, with its number, the row and the answer: what a map with a prompt
     does to enrich, summarise, extract from or restructure a table. Rejects keep their reply.
     """
+    rows.fill_all(template, table)  # what is wrong with the last row shows before the first is sent
 
     def work(name: str, first: int) -> list[dict]:
-        some = rows[first : first + batch]
-        prompts = [fill(template, row) for row in some]
-        replies = maker.ask(prompts, name, temperature=0.0, max_tokens=ANSWER_TOKENS)
-        items = []
-        for i, (row, prompt, reply) in enumerate(zip(some, prompts, replies)):
-            answer, fault = read_answer(reply, schema)
-            content = {"row": row, "number": first + i, "answer": str(reply) if fault else answer}
-            seed = maker.seed_of(name) + i
-            items.append(maker.item("rows", [], prompt, fault, seed, **content))
-        return items
+        def complete(prompts: list[str], **sampling) -> list[Reply]:
+            return maker.ask(prompts, name, **sampling)
+
+        results = rows.map_rows(complete, table[first : first + batch], template, schema)
+        return [
+            maker.item("rows", [], r["prompt"], r["reason"], maker.seed_of(name) + i,
+                       row=r["row"], number=first + i, answer=r["answer"])
+            for i, r in enumerate(results)
+        ]  # fmt: skip
 
     items = []
-    for first in range(0, len(rows), batch):
+    for first in range(0, len(table), batch):
         items += maker.ledger.step(f"rows {first}", partial(work, f"rows {first}", first))
     return items
 
@@ -1455,12 +844,25 @@ def process_rows(
 # Words are what stands between spaces; unlike the published code nothing is lower-cased and no
 # punctuation is lost. Nothing here fails on a text of one word or none.
 
+
 SYNONYMS = {}
 for group in """big large|small little tiny|happy glad cheerful|sad unhappy|quick fast rapid|begin
 start|choose pick select|write compose|explain describe|show present|find locate|correct fix|short
-brief|list enumerate|easy simple|hard difficult|buy purchase|answer reply|help assist""".split("|"):
+brief|list enumerate|easy simple|hard difficult|buy purchase|answer reply|help assist|story tale|boy
+lad|friend companion|finds discovers|home house|decide determine|happily cheerfully|rewrite rephrase
+|summarize condense|child kid|shop store|continue resume|shy timid|kite toy|although though|somebody
+someone|keeps holds|tell recount|give provide|check verify|replace exchange""".split("|"):
     for word in group.split():
         SYNONYMS[word] = [other for other in group.split() if other != word]
+
+
+def synonym(word: str, rng: random.Random, synonyms: dict[str, list[str]]) -> str | None:
+    """A synonym in the case and between the punctuation of the word; None where there is none."""
+    before, core, after = re.fullmatch(r"(\W*)(.*?)(\W*)", word, flags=re.DOTALL).groups()
+    if core.lower() not in synonyms:
+        return None
+    new = rng.choice(synonyms[core.lower()])
+    return before + (new.capitalize() if core[0].isupper() else new) + after
 
 
 def replace_synonyms(
@@ -1468,9 +870,10 @@ def replace_synonyms(
 ) -> str:
     """n different words of the text that have synonyms, each replaced wherever it stands."""
     w = text.split()
-    known = sorted({x for x in w if synonyms.get(x)})
-    new = {x: rng.choice(synonyms[x]) for x in rng.sample(known, min(n, len(known)))}
-    return " ".join(new.get(x, x) for x in w)
+    new = {x: synonym(x, rng, synonyms) for x in sorted(set(w))}
+    known = [x for x in new if new[x]]
+    chosen = rng.sample(known, min(n, len(known)))
+    return " ".join(new[x] if x in chosen else x for x in w)
 
 
 def insert_synonyms(
@@ -1478,9 +881,9 @@ def insert_synonyms(
 ) -> str:
     """n times a synonym of a random word at a random place."""
     w = text.split()
-    known = [x for x in w if synonyms.get(x)]
+    known = [x for x in w if synonym(x, random.Random(0), synonyms)]
     for _ in range(n if known else 0):
-        w.insert(rng.randint(0, len(w)), rng.choice(synonyms[rng.choice(known)]))
+        w.insert(rng.randint(0, len(w)), synonym(rng.choice(known), rng, synonyms))
     return " ".join(w)
 
 
@@ -1503,8 +906,11 @@ def delete_words(text: str, p: float, rng: random.Random) -> str:
 def eda(text: str, rng: random.Random, alpha: float = 0.1, count: int = 9) -> list[str]:
     """`count` variants by the four operations in equal shares, then the text itself.
 
-    max(1, alpha * words) words are changed in each, or deleted with probability alpha; the paper
-    takes alpha 0.05 up to 2,000 examples and 0.1 above (Wei & Zou 2019). alpha = 0: no variants.
+    This is noise for classifiers of texts, whose label a swapped or missing word seldom changes.
+    An instruction it may corrupt ("no", "three" or "before" goes, and the output is wrong), so what
+    it makes of tasks is for studying robustness, not for teaching. max(1, alpha * words) words are
+    changed in each, or deleted with probability alpha; the paper takes alpha 0.05 up to 2,000
+    examples and 0.1 above (Wei & Zou 2019). alpha = 0: no variants.
     """
     if alpha == 0:
         return [text]
@@ -1621,7 +1027,172 @@ def augment(maker: Maker, tasks: list[dict], languages: Sequence[str] = ()) -> l
     return accepted(maker.ledger.step("augment", work))
 
 
-# ---- 8. Attributes that go together: a Gaussian copula for what a prompt asks for ----
+# ---- 8. The data as a whole: near duplicates, the test set, diversity, folds ----
+
+
+def hash64(x: np.ndarray) -> np.ndarray:
+    """64 bits scattered to 64 others, as the last step of SplitMix64 does (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class MinHash:
+    """Near duplicates in a large pool: P(two signatures agree at a place) = Jaccard similarity.
+
+    With b bands of r places, a pair of similarity s meets in at least one band with probability
+    1 - (1 - s^r)^b: 16 x 8 turns from 10% to 90% between 0.54 and 0.81.
+    """
+
+    def __init__(self, bands: int = 16, rows: int = 8, shingle: int = 3, seed: int = 0):
+        self.bands, self.rows, self.shingle = bands, rows, shingle
+        with np.errstate(over="ignore"):
+            self.keys = hash64(np.arange(1, bands * rows + 1, dtype=np.uint64) + np.uint64(seed))
+        self.tables: list[dict[bytes, list[int]]] = [{} for _ in range(bands)]
+        self.signatures: list[np.ndarray] = []
+
+    def shingles(self, text: str) -> set[str]:
+        w = words(text)
+        return set(map(" ".join, ngrams(w, self.shingle))) or {" ".join(w)}
+
+    def signature(self, text: str) -> np.ndarray:
+        """(bands * rows,) uint64: for each key the least hash of the text's shingles."""
+        raw = b"".join(
+            hashlib.blake2b(s.encode(), digest_size=8).digest() for s in sorted(self.shingles(text))
+        )
+        x = np.frombuffer(raw, dtype="<u8")
+        with np.errstate(over="ignore"):
+            return hash64(x[:, None] ^ self.keys).min(0)
+
+    def add(self, text: str) -> list[int]:
+        """Takes the text in; returns the places of the earlier ones that share a band with it."""
+        signature, met = self.signature(text), set()
+        for table, band in zip(self.tables, signature.reshape(self.bands, self.rows)):
+            same = table.setdefault(band.tobytes(), [])
+            met.update(same)
+            same.append(len(self.signatures))
+        self.signatures.append(signature)
+        return sorted(met)
+
+    def similarity(self, i: int, j: int) -> float:
+        """The estimate of the Jaccard similarity; its standard error is sqrt(s (1 - s) / k)."""
+        return float((self.signatures[i] == self.signatures[j]).mean())
+
+
+def without_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
+    """Places of the texts to keep: the first of each group of likeness >= threshold stays."""
+    hashes, kept = MinHash(), set()
+    for i, text in enumerate(texts):
+        met = hashes.add(text)  # asked of all texts, so that a band never loses a member
+        if not any(j in kept and hashes.similarity(i, j) >= threshold for j in met):
+            kept.add(i)
+    return sorted(kept)
+
+
+class Decontaminator:
+    """Tells which texts share a run of n words with a text of the test set (n = 13: GPT-3).
+
+    A test text of fewer than n words is looked for as a whole.
+    """
+
+    def __init__(self, tests: Iterable[str], n: int = 13):
+        self.sizes: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
+        for text in tests:
+            w = words(text)
+            if w:
+                size = min(n, len(w))
+                self.sizes[size].update(ngrams(w, size))
+
+    def fault(self, text: str) -> str | None:
+        w = words(text)
+        for size, grams in self.sizes.items():
+            for gram in ngrams(w, size):
+                if gram in grams:
+                    return f"in the test set: {' '.join(gram)}"
+        return None
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Different n-grams over all n-grams (Li et al. 2016): comparable at equal numbers of words."""
+    grams = [gram for text in texts for gram in ngrams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str], n: int = 4, most: int = 200) -> float:
+    """Mean BLEU-n of each of the first `most` texts against the others (Zhu et al. 2018).
+
+    A count of 0 becomes epsilon 0.1, as in nltk's smoothing method 1. High means alike.
+    """
+    texts = [words(text) for text in texts[:most]]
+    if len(texts) < 2:
+        return 0.0
+    logs = np.zeros(len(texts))
+    for size in range(1, n + 1):
+        counts = [collections.Counter(ngrams(w, size)) for w in texts]
+        top: dict[tuple, list[int]] = {}  # of each n-gram the two highest counts in any text
+        for count in counts:
+            for gram, times in count.items():
+                top[gram] = sorted([*top.get(gram, [0, 0]), times])[-2:]
+        for i, count in enumerate(counts):
+            total = max(1, count.total())
+            hits = 0
+            for gram, times in count.items():
+                second, first = top[gram]
+                others = second if times == first else first  # equal: another has it, or `second`
+                hits += min(times, others)
+            logs[i] += math.log(max(hits, 0.1) / total) / n
+    lengths = np.array([len(w) for w in texts])
+    for i, size in enumerate(lengths):
+        others = np.delete(lengths, i)
+        near = min(others, key=lambda x: (abs(x - size), x))
+        logs[i] += min(0.0, 1 - near / size) if size else -math.inf
+    return float(np.exp(logs).mean())
+
+
+def verb_nouns(instructions: Iterable[str]) -> collections.Counter:
+    """How often a first word goes with the first later word that is no stop word.
+
+    In imperatives these are mostly the verb and its object; no parser looks closer.
+    """
+    pairs: collections.Counter = collections.Counter()
+    for text in instructions:
+        w = words(text)
+        nouns = [word for word in w[1:] if word not in STOP_WORDS and len(word) > 2]
+        if nouns:
+            pairs[w[0], nouns[0]] += 1
+    return pairs
+
+
+def vendi_score(texts: Sequence[str], most: int = 500) -> float:
+    """How many quite different texts the first `most` are worth: exp of the entropy of the
+    eigenvalues of K/n, with K the cosine similarities of word counts (Friedman & Dieng 2022).
+
+    n equal texts give 1, n texts without a common word n.
+    """
+    counts = [collections.Counter(words(text)) for text in texts[:most]]
+    number = {word: i for i, word in enumerate(sorted({w for c in counts for w in c}))}
+    x = np.zeros((len(counts), len(number)))  # (n, V)
+    for row, count in zip(x, counts):
+        for word, times in count.items():
+            row[number[word]] = times
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    values = np.linalg.eigvalsh(x @ x.T / max(1, len(x)))
+    values = values[values > 1e-12]
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
+def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
+    """The fold of each item; all that comes from one seed task is in one, so that no test item
+    has a sibling in training. Largest group first into the smallest fold."""
+    sizes, fold_of = [0] * k, {}
+    counts = collections.Counter(ancestors)
+    for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
+        fold_of[name] = sizes.index(min(sizes))
+        sizes[fold_of[name]] += count
+    return [fold_of[name] for name in ancestors]
+
+
+# ---- 9. Attributes that go together: a Gaussian copula for what a prompt asks for ----
 
 
 NORMAL = statistics.NormalDist()
@@ -1669,7 +1240,8 @@ class Copula:
         return z @ self.root.T < self.thresholds
 
 
-# ---- 9. From items to training: formats, checks, rows with the loss on the response only ----
+# ---- 10. From items to training: formats, checks, rows with the loss on the response only ----
+
 
 TEMPLATES = {  # a model trained on one form only would depend on it
     True: [
@@ -1692,80 +1264,125 @@ def training_text(item: dict, seed: int = 0) -> tuple[str, str]:
     return template.format(instruction=item["instruction"], input=item["input"]), item["output"]
 
 
-def alpaca_record(item: dict) -> dict:
-    return {name.lower(): item[name.lower()] for name in FIELDS}
-
-
-def chat_record(item: dict) -> dict:
-    request = item["instruction"] + ("\n\n" + item["input"] if item["input"] else "")
-    return {"messages": [{"role": "user", "content": request},
-                         {"role": "assistant", "content": item["output"]}]}  # fmt: skip
-
-
-ROLES = ("system", "user", "assistant", "tool", "function", "developer")
-MESSAGE_KEYS = {"role", "content", "name", "function_call", "tool_calls", "weight"}
-
-
-def chat_fault(record: object) -> str | None:
-    """The first of seven faults of a line of a chat file that a fine-tuning service would refuse.
-
-    Source: OpenAI cookbook, Chat_finetuning_data_prep.
-    """
-    if not isinstance(record, dict):
-        return "not an object"
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "no list of messages"
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return "a message without role or content"
-        if extra := sorted(message.keys() - MESSAGE_KEYS):
-            return f"unknown key {extra[0]}"
-        if message["role"] not in ROLES:
-            return f"unknown role {message['role']!r}"
-        called = message.get("function_call") or message.get("tool_calls")
-        if not (isinstance(message["content"], str) and message["content"]) and not called:
-            return "content is no text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message of the assistant"
-    return None
-
-
-def count_tokens(record: dict, encoding) -> int:
-    """Tokens of a chat record as billed for training: 3 a message, 1 a name, 3 for the reply."""
-    total = 3
-    for message in record["messages"]:
-        texts = [v for v in message.values() if isinstance(v, str)]
-        total += 3 + ("name" in message) + sum(len(encoding.encode_ordinary(v)) for v in texts)
-    return total
-
-
 def clean(maker: Maker, items: list[dict], tests: Iterable[str], near: bool = True) -> list[dict]:
-    """The items that share no 13 words with a test text and, with `near`, are not nearly equal to
-    an earlier one."""
+    """The items that share no 13 words with a test text, are fit for a chat file and, with `near`,
+    not nearly equal to an earlier one."""
     texts = [f"{item['instruction']} {item['input']} {item['output']}" for item in items]
 
     def work() -> list[dict]:
         kept = set(without_near_duplicates(texts) if near else range(len(texts)))
-        check = Decontaminator(tests)
-        faults = [check.fault(text) or (None if i in kept else "near duplicate")
-                  for i, text in enumerate(texts)]  # fmt: skip
-        return [maker.item("clean", [item], "", fault, maker.seed)
-                for item, fault in zip(items, faults) if fault]  # fmt: skip
+        check, made = Decontaminator(tests), []
+        for i, (item, text) in enumerate(zip(items, texts)):
+            fault = check.fault(text) or rows.chat_fault(rows.chat_record(item))
+            fault = fault or (None if i in kept else "near duplicate")
+            if fault:
+                made.append(maker.item("clean", [item], "", fault, maker.seed))
+        return made
 
-    out = {item["parents"][0] for item in maker.ledger.step("clean", work)}
+    step = f"clean {digest([item['id'] for item in items])}"
+    out = {item["parents"][0] for item in maker.ledger.step(step, work)}
     return [item for item in items if item["id"] not in out]
 
 
-def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
-    """The fold of each item; all that comes from one seed task is in one, so that no test item
-    has a sibling in training. Largest group first into the smallest fold."""
-    sizes, fold_of = [0] * k, {}
-    counts = collections.Counter(ancestors)
-    for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
-        fold_of[name] = sizes.index(min(sizes))
-        sizes[fold_of[name]] += count
-    return [fold_of[name] for name in ancestors]
+# ---- 11. A model of our own: it writes as a back end, and it learns ----
+
+
+def end_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of the stops, and whether there is one."""
+    starts = [i for i in (text.find(s) for s in stop) if i >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
+
+
+class Checkpoint:
+    """A model of 06_train as a back end. A reply depends on the prompt, its seed, and the model.
+
+    Prompts of different lengths run in one batch: all rows start with the shortest prompt, and
+    a row whose prompt goes on takes its next token from there, not from the draw.
+    """
+
+    def __init__(self, model: gpt.GPT, vocabulary: bpe.Vocabulary, batch: int = 128):
+        self.model, self.vocabulary, self.batch = model, vocabulary, batch
+
+    @classmethod
+    def load(cls, folder: Path) -> Checkpoint:
+        """Raises: BackendError where the folder holds no run."""
+        state = training.load_checkpoint(folder) if folder.is_dir() else None
+        if state is None:
+            raise BackendError(f"{folder}: no checkpoint; make one with 06_train.py --out {folder}")
+        vocabulary = bpe.Vocabulary.load(folder / "vocabulary.json")
+        model = training.build(training.Config(**state["config"]), vocabulary)
+        model.load_state_dict(state["model"])
+        return cls(model, vocabulary)
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **sampling) -> list[Reply]:
+        encoding = self.vocabulary.encoding()
+        ids = [[self.vocabulary.end, *encoding.encode_ordinary(prompt)] for prompt in prompts]
+        for prompt, row in zip(prompts, ids):
+            if len(row) >= self.model.config.seq_len:
+                raise BackendError(
+                    f"prompt {prompt[:40]!r}... has {len(row)} tokens, the checkpoint seq_len="
+                    f"{self.model.config.seq_len}; wanted a run of 06_train.py with --seq-len "
+                    f"{max(map(len, ids)) + 1} or more, and room for replies"
+                )
+        replies: list[Reply] = [Reply("")] * len(prompts)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike together: less waiting
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            seeds = [seed + i for i in part]
+            for i, reply in zip(part, self.write([ids[i] for i in part], seeds, **sampling)):
+                replies[i] = reply
+        return replies
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        presence_penalty: float = 0.0,
+        **sampling,
+    ) -> list[Reply]:
+        model, end, most = self.model, self.vocabulary.end, self.model.config.seq_len
+        device = model.embedding.weight.device
+        lengths = [len(row) for row in prompts]
+        limits = [min(most, n + (most if max_tokens is None else max_tokens)) for n in lengths]
+        # a row of uniform draws for each seed, so that a reply does not depend on its batch
+        draws = np.stack([np.random.default_rng(s).random(most) for s in seeds])
+        draws = torch.from_numpy(draws).float().to(device)  # (B, S)
+        ids = torch.full((len(prompts), max(limits)), end)  # (B, S): prompts, and END behind them
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids = ids.to(device)
+        lengths, limits = torch.tensor([lengths, limits], device=device)  # (B,), (B,)
+        every, begin = torch.arange(len(ids), device=device), int(lengths.min())
+        cache = gpt.KVCache(model.config, *ids.shape, like=model.embedding.weight)
+        written = torch.zeros(len(ids), model.config.vocab_size, device=device)  # (B, V) bool
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)  # (B,)
+        new = ids[:, :begin]  # (B, begin): as much as all rows have goes in at once
+        for at in range(begin, ids.shape[1]):  # then one token of every row: (B, 1)
+            logits = model(new, cache)[:, -1] - presence_penalty * written  # (B, V)
+            mass = gpt.next_token_probabilities(logits, **sampling).cumsum(-1)  # (B, V)
+            # the first token whose mass passes the draw; mass[:, -1] is 1 but for rounding
+            drawn = torch.searchsorted(mass, draws[:, at : at + 1] * mass[:, -1:])[:, 0]  # (B,)
+            free = at >= lengths  # (B,) past its prompt; the others take their next token from it
+            ended |= at >= limits
+            token = torch.where(free, drawn.clamp(max=mass.shape[1] - 1), ids[:, at])  # (B,)
+            token[ended & free] = end  # a row that has ended goes along as padding
+            ended |= free & (token == end)
+            written[every[free], token[free]] = 1
+            ids[:, at] = token
+            new = token[:, None]
+            if ended.all():
+                break
+        encoding, replies = self.vocabulary.encoding(), []
+        for row, n, limit in zip(ids.tolist(), lengths.tolist(), limits.tolist()):
+            own = row[n:limit]
+            cut = end not in own
+            text, stopped = end_at(encoding.decode(own if cut else own[: own.index(end)]), stop)
+            replies.append(Reply(text, cut and not stopped))
+        return replies
 
 
 def pack(
@@ -1822,13 +1439,13 @@ def fine_tune(
     is response distillation.
     """
     if not len(x):
-        raise ValueError("no rows to train on: every pair was rejected or is too long")
+        raise ValueError("no rows to train on: no pair, or none that fits into seq_len")
     hidden, rest = muon.split_parameters(model.named_parameters())
     optimizers = {
         muon.Muon(hidden, adjust_lr_fn="match_rms_adamw"): MATRIX_RATE * learning_rate,
         adamw.AdamW(adamw.param_groups(rest, 0.1), betas=(0.9, 0.98)): learning_rate,
     }
-    device, kept = model.embedding.weight.device, []
+    device, values = model.embedding.weight.device, []
     order = torch.empty(0, dtype=torch.int64)
     shuffles = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -1852,19 +1469,20 @@ def fine_tune(
                 group["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()
-        kept.append(loss.item())
-    last = kept[-max(1, len(x) // batch) :]
+        values.append(loss.item())
+    last = values[-max(1, len(x) // batch) :]
     return sum(last) / len(last)
 
 
-# ---- 10. A world in which it shows whether data are good: stories that were asked for ----
+# ---- 12. A world in which it shows whether data are good: stories that were asked for ----
 
 
 def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): it holds for shares near 0 and 1 as well."""
     p, d = hits / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
+    middle = (p + z * z / (2 * n)) / d
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -1928,8 +1546,8 @@ class SmallWorld:
             derivation = stories.parse(story)
             words = rng.sample([derivation.memory[kind] for kind in KINDS], 3)
             if self.held_out(words) == test:
-                found = stories.features_of(story, derivation)
-                return self.request(words, [f for f in found if rng.random() < 0.7]), story
+                told = stories.features_of(story, derivation)
+                return self.request(words, [f for f in told if rng.random() < 0.7]), story
 
     def spoil(self, request: str, share: float, rng: random.Random) -> str:
         """The request with each word left as it is with probability `share`, else drawn anew."""
@@ -2014,10 +1632,11 @@ def story_items(maker: Maker, name: str, requests: list[dict], samples: int) -> 
     return maker.ledger.step(name, work)
 
 
-# ---- 11. The command: invent tasks with a model of one's own choice, or the experiment ----
+# ---- 13. The command: invent tasks with a model of one's own choice, or the experiment ----
 
 
 MODES = ("stories", "self-instruct", "alpaca", "evol", "augment", "rows", "folds", "distil")
+ASKING = ("self-instruct", "alpaca", "evol", "rows")  # a model that has to be named
 
 
 @dataclass(frozen=True)
@@ -2026,19 +1645,20 @@ class Config:
     out: str = "runs/selfinstruct"  # folder of the ledger, the answers, the data, the base model
     seed: int = 0
     seeds: str = str(Path(__file__).parent / "data" / "seed_tasks.jsonl")  # tasks to begin with
-    wanted: int = 100  # accepted tasks, of self-instruct and alpaca
+    wanted: int = 100  # accepted tasks, of self-instruct and alpaca; raise it to go on
     test: str | None = None  # JSONL of a test set: what shares 13 words with it is left out
     rows: str | None = None  # of mode rows: the table, JSONL or CSV,
     template: str | None = None  # a text file, the prompt, with {column} for its values,
     schema: str | None = None  # and a JSON file, the schema of the answers
-    endpoint: str | None = None  # OpenAI-compatible server, up to /v1; key from OPENAI_API_KEY
+    endpoint: str | None = None  # OpenAI-compatible server, up to /v1
     model: str | None = None  # its name there
+    key_variable: str | None = None  # where its key is; OPENAI_API_KEY, on this machine none
     checkpoint: str | None = None  # or the folder of a run of 06_train.py
-    plan: bool = False  # print what will be asked and what it may cost, and ask nothing
-    tokens: int = 1_000_000  # the most to be spent at the endpoint
-    dollars: float = 5.0  # likewise, by the two prices
-    dollars_per_million_in: float = 0.0
-    dollars_per_million_out: float = 0.0
+    plan: bool = False  # print what will be asked and about what it will cost, and ask nothing
+    tokens: int = 1_000_000  # the most to be spent at the endpoint, over all runs in this folder
+    dollars: float | None = None  # likewise, by the two prices
+    price_in: float | None = None  # dollars per million tokens of prompts,
+    price_out: float | None = None  # and of replies
     base_texts: int = 6000  # of the experiment: stories that the base model learns from
     base_steps: int = 1200  # of 8 rows, under the right request; then a third as many
     base_share: float = 0.4  # under requests whose words are each right with this probability
@@ -2051,23 +1671,35 @@ class Config:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"--mode {self.mode}: wanted one of {', '.join(MODES)}")
-        for name in ("wanted", "base_texts", "base_steps", "rounds", "requests", "samples",
-                     "steps", "held_out", "tokens"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted >= 1")
-        asks = self.mode in ("self-instruct", "alpaca", "evol", "rows")
+        counts = ("wanted", "base_texts", "base_steps", "rounds", "requests", "samples", "steps",
+                  "held_out", "tokens")  # fmt: skip
+        for name in (*counts, "dollars", "price_in", "price_out"):
+            value, least = getattr(self, name), 1 if name in counts else 0
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: wanted >= {least}")
+        self.check_back_end()
+        if self.mode == "rows" and not (self.rows and self.template and self.schema):
+            raise ValueError("--mode rows: give --rows FILE, --template FILE and --schema FILE")
+        if self.mode == "folds" and not self.checkpoint:
+            raise ValueError("--mode folds: give --checkpoint FOLDER, the model to be fine-tuned")
+
+    def check_back_end(self) -> None:
+        """The flags that say which model is asked, and for how much."""
+        asks = self.mode in ASKING
         if self.endpoint and self.checkpoint or asks and not (self.endpoint or self.checkpoint):
             raise ValueError(
                 f"--mode {self.mode}: give --endpoint URL --model NAME, or --checkpoint FOLDER"
             )
+        if self.endpoint and not (asks or self.mode == "augment"):
+            raise ValueError(f"--endpoint: --mode {self.mode} asks no server")
+        if self.checkpoint and self.mode == "stories":
+            raise ValueError("--checkpoint: --mode stories trains a model of its own")
         if self.endpoint and not self.model:
             raise ValueError("--endpoint: give the --model too")
-        if self.mode == "rows" and not (self.rows and self.template and self.schema):
-            raise ValueError("--mode rows: give --rows FILE, --template FILE and --schema FILE")
         if self.plan and not asks:
             raise ValueError(f"--plan: --mode {self.mode} asks no server for anything")
-        if self.mode == "folds" and not self.checkpoint:
-            raise ValueError("--mode folds: give --checkpoint FOLDER, the model to be fine-tuned")
+        if self.dollars is not None and (self.price_in is None or self.price_out is None):
+            raise ValueError("--dollars: give --price-in and --price-out, dollars a million tokens")
 
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 64, "d_mlp": 128, "seq_len": 136}
@@ -2082,7 +1714,7 @@ def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
     """
     rng = generator(config.seed, "base")
     pairs = [world.instruct(rng) for _ in range(config.base_texts)]
-    clean = [(request, " " + story) for request, story in pairs]
+    fitting = [(request, " " + story) for request, story in pairs]
     noisy = [("", f"{world.spoil(r, config.base_share, rng)} {story}") for r, story in pairs]
     vocabulary = bpe.train([f"{r} {story}" for r, story in pairs[:1000]], 1024)
     torch.manual_seed(config.seed)
@@ -2092,7 +1724,7 @@ def base_model(config: Config, world: SmallWorld, folder: Path) -> Checkpoint:
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return Checkpoint(model, vocabulary)
-    for some, steps in ((clean, config.base_steps), (noisy, max(1, config.base_steps // 3))):
+    for some, steps in ((fitting, config.base_steps), (noisy, max(1, config.base_steps // 3))):
         x, y, _ = pack(some, vocabulary, SHAPE["seq_len"])
         fine_tune(model, x, y, steps=steps, batch=8, learning_rate=3e-3, seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2152,8 +1784,8 @@ def invent_requests(
         drawn = world.draw(copula, count - len(texts), maker.seed_of(name, "copula"))
         items = []
         for i, (text, operator) in enumerate(texts + [(text, "copula") for text in drawn]):
-            fault, near = world.fault(text), gate.nearest(text)
-            if not fault and near and near[0][0] > 0.9:  # requests are short, and much alike
+            fault, nearest = world.fault(text), gate.nearest(text)
+            if not fault and nearest and nearest[0][0] > 0.9:  # requests are short, and much alike
                 fault = "too much like another request"
             if not fault:
                 gate.add(text)
@@ -2190,6 +1822,8 @@ def experiment(config: Config) -> int:
             print(f"round {number}  {len(entries)} {kind}, {len(accepted(entries))} accepted; "
                   + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))  # fmt: skip
         pool += accepted(items)
+        if not pool:
+            raise ValueError("no story has passed: nothing to learn from; see the reasons above")
         sets[f"round {number}: {len(pool)} filtered"] = list(pool)
         if number == 1:  # as many of the first stories written, whatever they are; and true ones
             sets[f"{len(pool)} unfiltered"] = rng.sample(items[:: config.samples], len(pool))
@@ -2203,7 +1837,7 @@ def experiment(config: Config) -> int:
 
     print(f"\n{'trained on':22}followed  95% interval    sound  distinct-2  self-BLEU   Vendi")
     lines = [report(name, result) for name, result in results.items()]
-    write_lines(folder / "results.jsonl", lines)
+    rows.write_rows(folder / "results.jsonl", lines)
     return conclude(results, tests)
 
 
@@ -2228,124 +1862,155 @@ def conclude(results: dict[str, dict], tests: list[str]) -> int:
     return 0 if all(claims.values()) else 1
 
 
-def write_lines(path: Path, records: Iterable[dict]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    training.write_atomically(path, "".join(lines))
+PASS = 0.5  # share of proposed tasks that pass the filters,
+ANSWER = 200  # and tokens of a reply that is not like our seeds: guesses, for the plan only
 
 
-PASS = 0.5  # share of proposed tasks that will pass the filters: a guess, for the plan only
+def asked(config: Config, seeds: list[dict]) -> list[tuple[int, str, float]]:
+    """What a run will ask: how many prompts, one like them, tokens of a reply. An estimate: how
+    many proposals pass and how long replies are only the model knows."""
+    s, a = SelfInstruct(), Alpaca()
+    task = sorted(seeds, key=lambda t: len(t["instruction"]))[len(seeds) // 2]  # of middle length
+    text, size = task["instruction"], statistics.mean(
+        estimated_tokens(t["instruction"]) for t in seeds
+    )
+    whole = size + statistics.mean(estimated_tokens(t["input"] + t["output"]) for t in seeds)
 
+    def requests(s: SelfInstruct | Alpaca, tasks: int) -> int:  # so many tasks in a reply
+        steps = math.ceil(config.wanted / (PASS * tasks * s.prompts_per_request))
+        return steps * s.prompts_per_request
 
-def asked(config: Config, seeds: list[dict]) -> list[tuple[int, str, int]]:
-    """What a run will ask: how many prompts, one like them, most tokens of a reply."""
-    task, s, a = seeds[0], SelfInstruct(), Alpaca()
-    text = max((t["instruction"] for t in seeds), key=len)
     if config.mode == "self-instruct":
-        calls = math.ceil(config.wanted / (PASS * (s.last_number - 1 - s.shots)))
+        tasks = s.last_number - 1 - s.shots
         return [
-            (calls, instruction_prompt(seeds[: s.shots]), s.instruction_tokens),
+            (requests(s, tasks), instruction_prompt(seeds[: s.shots]), tasks * size),
             (config.wanted, question_prompt(seeds, s, text), s.verdict_tokens),
-            (config.wanted, instance_prompt(seeds, text, False), s.instance_tokens),
+            (config.wanted, instance_prompt(seeds, text, False), whole),
         ]
     if config.mode == "alpaca":
-        calls = math.ceil(config.wanted / (PASS * (a.last_number - a.shots)))
-        return [(calls, alpaca_prompt(seeds[: a.shots]), a.max_tokens)]
-    long = EVOLVED_TOKENS  # what is left is evol
-    prompts = [(evolve_prompt("constraint", task), long), (answer_prompt(text), long),
+        tasks = a.last_number - a.shots
+        return [(requests(a, tasks), alpaca_prompt(seeds[: a.shots]), tasks * whole)]
+    prompts = [(evolve_prompt("constraint", task), size + 20), (answer_prompt(text), ANSWER),
                (equal_prompt(text, text), 4)]  # fmt: skip
     return [(ROUNDS * len(seeds), *prompt) for prompt in prompts]
 
 
-def plan(config: Config, prompts: list[tuple[int, str, int]]) -> None:
-    """Prints tokens and cost before any are spent; English has about four bytes a token."""
-    tokens_in = sum(n * math.ceil(len(prompt.encode()) / 4) for n, prompt, _ in prompts)
-    tokens_out = sum(n * most for n, _, most in prompts)
-    millionths = tokens_in * config.dollars_per_million_in
-    millionths += tokens_out * config.dollars_per_million_out
-    print(f"plan     {sum(n for n, _, _ in prompts)} prompts, about {tokens_in:,} tokens; replies "
-          f"at most {tokens_out:,}: at most about {millionths / 1e6:.2f} dollars")  # fmt: skip
+def plan(config: Config, prompts: list[tuple[int, str, float]]) -> None:
+    """Prints about what a run will cost, within a factor of two, and where it stops in any case."""
+    tokens_in = sum(n * estimated_tokens(prompt) for n, prompt, _ in prompts)
+    tokens_out = round(sum(n * reply for n, _, reply in prompts))
+    cost, stop = "prices unknown: give --price-in and --price-out", f"{config.tokens:,} tokens"
+    if config.price_in is not None and config.price_out is not None:
+        dollars = (tokens_in * config.price_in + tokens_out * config.price_out) / 1e6
+        cost = f"about {dollars:.2f} dollars"
+    if config.dollars is not None:
+        stop += f" or {config.dollars:.2f} dollars"
+    print(f"plan     about {sum(n for n, _, _ in prompts)} prompts, {tokens_in:,} tokens in and "
+          f"{tokens_out:,} out; {cost}; stops at {stop}")  # fmt: skip
 
 
 def back_end(config: Config) -> tuple[Callable | None, str]:
     """The model that the flags name, and its name for the ledger."""
     if config.endpoint:
-        limits = Limits(config.tokens, config.dollars, config.dollars_per_million_in,
-                        config.dollars_per_million_out)  # fmt: skip
+        dollars = math.inf if config.dollars is None else config.dollars
+        limits = Limits(config.tokens, dollars, config.price_in, config.price_out)
         answers = Path(config.out) / "answers.jsonl"
-        return Endpoint(config.endpoint, config.model, answers, limits), config.model
+        key = {"key_variable": config.key_variable}
+        return Endpoint(config.endpoint, config.model, answers, limits, **key), config.model
     if config.checkpoint:
         return Checkpoint.load(Path(config.checkpoint)), config.checkpoint
     return None, "none"
 
 
+def generate(config: Config, maker: Maker, seeds: list[dict]) -> list[dict]:
+    if config.mode == "evol":
+        return evolve(maker, seeds)
+    if config.mode == "augment":
+        return augment(maker, seeds, ["French"] if maker.complete else [])
+    make = {"self-instruct": self_instruct, "alpaca": alpaca}[config.mode]
+    return make(maker, seeds, config.wanted)
+
+
 def invent(config: Config) -> int:
     """New instruction data from seed tasks and a model: ledger, Alpaca file and chat file."""
     folder, seeds = Path(config.out), load_seeds(config.seeds)
+    tests = rows.read_rows(config.test) if config.test else []
+    tests = [" ".join(map(str, row.values())) for row in tests]
+    complete, name = back_end(config)
     if config.mode != "augment":
         plan(config, asked(config, seeds))
     if config.plan:
         return 0
-    tests = read_rows(config.test) if config.test else []
-    tests = [" ".join(map(str, row.values())) for row in tests]
-    complete, name = back_end(config)
-    names = ("mode", "seed", "wanted", "endpoint", "model", "checkpoint")
+    names = ("mode", "seed", "endpoint", "model", "checkpoint")
     settings = {name: getattr(config, name) for name in names}
     ledger = Ledger(folder / "ledger.jsonl", settings | {"seeds": digest(seeds, tests)})
-    maker = Maker(complete, name, config.seed, ledger)
-    if config.mode == "evol":
-        items = evolve(maker, seeds)
-    elif config.mode == "augment":
-        items = augment(maker, seeds, ["French"] if complete else [])
-    else:
-        make = {"self-instruct": self_instruct, "alpaca": alpaca}[config.mode]
-        items = make(maker, seeds, config.wanted)
+    maker, failure = Maker(complete, name, config.seed, ledger), None
+    try:
+        items = generate(config, maker, seeds)
+    except BackendError as error:  # what there is so far is data too
+        items, failure = [e for e in accepted(ledger.items()) if "output" in e], error
     items = clean(maker, items, tests, near=config.mode != "augment")
-    write_lines(folder / "items.jsonl", items)
-    write_lines(folder / "alpaca.jsonl", map(alpaca_record, items))
-    write_lines(folder / "chat.jsonl", map(chat_record, items))
+    chat, texts = list(map(rows.chat_record, items)), [item["instruction"] for item in items]
+    rows.write_rows(folder / "items.jsonl", items)
+    rows.write_rows(folder / "alpaca.jsonl", map(rows.alpaca_record, items))
+    rows.write_rows(folder / "chat.jsonl", chat)
     summarise(ledger, complete)
-    texts = [item["instruction"] for item in items]
-    common = [" ".join(pair) for pair, _ in verb_nouns(texts).most_common(3)]
-    print(f"data     {len(items)} in {folder}: items.jsonl, alpaca.jsonl and chat.jsonl")
+    tokens = sum(rows.count_tokens(record, estimated_tokens) for record in chat)
+    print(f"data     {len(items)} of {len(set(texts))} tasks in {folder}, about {tokens:,} tokens: "
+          "items.jsonl, alpaca.jsonl and chat.jsonl")  # fmt: skip
+    commonest = [" ".join(pair) for pair, _ in verb_nouns(texts).most_common(3)]
     print(f"spread   distinct-2 {distinct_n(texts, 2):.3f}, self-BLEU {self_bleu(texts):.3f}, "
-          f"Vendi score {vendi_score(texts):.1f}; commonest {', '.join(common)}")  # fmt: skip
-    return 0
+          f"Vendi score {vendi_score(texts):.1f}; commonest {', '.join(commonest)}")  # fmt: skip
+    return conclude_data(items, failure)
 
 
 def summarise(ledger: Ledger, complete: Callable | None) -> None:
-    entries = [e for step in ledger.steps.values() for e in step if "verdict" in e]
-    reasons = collections.Counter(e["reason"].split(":")[0] for e in entries if e["reason"])
-    print(f"{len(entries)} items, {len(accepted(entries))} accepted; rejected:")
+    items = ledger.items()
+    reasons = collections.Counter(e["reason"].split(":")[0] for e in items if e["reason"])
+    print(f"{len(items)} items, {len(accepted(items))} accepted; rejected:")
     for reason, count in reasons.most_common():
         print(f"  {count:6} {reason}")
     if isinstance(complete, Endpoint):
-        print(f"spent    {complete.tokens:,} tokens, {complete.dollars:.2f} dollars")
+        dollars = "" if complete.limits.price_in is None else f", {complete.dollars:.2f} dollars"
+        print(f"spent    {complete.tokens:,} tokens{dollars}")
 
 
-def map_rows(config: Config) -> int:
+def conclude_data(data: list[dict], failure: BackendError | None) -> int:
+    """The exit status of a run that has written its data. Raises: BackendError for no data, or a
+    run that has not come to its end."""
+    if failure:
+        raise failure
+    if not data:
+        raise BackendError("no data: nothing has passed; see the reasons above")
+    return 0
+
+
+def answer_table(config: Config) -> int:
     """A table, a prompt and a schema: each row with its answer, and the rejects with reasons."""
-    folder, rows = Path(config.out), read_rows(config.rows)
-    template = Path(config.template).read_text(encoding="utf-8")
-    try:
-        schema = json.loads(Path(config.schema).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config.schema}: no JSON: {error}") from error
-    check_schema(schema)
-    plan(config, [(1, fill(template, row), ANSWER_TOKENS) for row in rows])
+    folder, table = Path(config.out), rows.read_rows(config.rows)
+    template, schema = rows.read_text(config.template), rows.read_json(config.schema)
+    if not table:
+        raise ValueError(f"{config.rows}: no rows")
+    rows.check_schema(schema)
+    prompts = rows.fill_all(template, table)
+    complete, name = back_end(config)
+    plan(config, [(1, prompt, ANSWER) for prompt in prompts])
     if config.plan:
         return 0
-    complete, name = back_end(config)
-    settings = {"model": name, "seed": config.seed, "job": digest(rows, template, schema)}
-    ledger = Ledger(folder / "ledger.jsonl", settings)
-    items = process_rows(Maker(complete, name, config.seed, ledger), rows, template, schema)
-    good, bad = accepted(items), [item for item in items if item["reason"]]
-    write_lines(folder / "rows.jsonl", [{"row": i["row"], "answer": i["answer"]} for i in good])
-    bad = [{"row": i["row"], "reply": i["answer"], "reason": i["reason"]} for i in bad]
-    write_lines(folder / "rejects.jsonl", bad)
+    settings = {"model": name, "seed": config.seed, "job": digest(table, template, schema)}
+    ledger, failure = Ledger(folder / "ledger.jsonl", settings), None
+    try:
+        process_rows(Maker(complete, name, config.seed, ledger), table, template, schema)
+    except BackendError as error:
+        failure = error
+    good = [{"row": i["row"], "answer": i["answer"]} for i in accepted(ledger.items())]
+    bad = [{"row": i["row"], "reply": i["answer"], "reason": i["reason"]}
+           for i in ledger.items() if i["reason"]]  # fmt: skip
+    rows.write_rows(folder / "rows.jsonl", good)
+    rows.write_rows(folder / "rejects.jsonl", bad)
     summarise(ledger, complete)
     print(f"data     {len(good)} in {folder / 'rows.jsonl'}, {len(bad)} in rejects.jsonl")
-    return 0
+    return conclude_data(good, failure)
 
 
 FOLDS = 5
@@ -2360,18 +2025,20 @@ def folds(config: Config) -> int:
     +- 0.10 (standard error over folds) by the other seeds, -1.69 +- 0.09 by what was made of them.
     """
     base, seeds = Checkpoint.load(Path(config.checkpoint)), load_seeds(config.seeds)
-    items = read_rows(Path(config.out) / "items.jsonl")
+    items = rows.read_rows(Path(config.out) / "items.jsonl")
     families = grouped_folds([i["ancestor"] for i in items] + [s["id"] for s in seeds], FOLDS)
-    fold_of, found = families[: len(items)], families[len(items) :]
+    fold_of, seed_fold = families[: len(items)], families[len(items) :]
     losses_of, leaks = collections.defaultdict(list), 0
     for fold in range(FOLDS):
-        tests = [training_text(s) for s, f in zip(seeds, found) if f == fold]
+        tests = [training_text(s) for s, f in zip(seeds, seed_fold) if f == fold]
         check = Decontaminator(" ".join(test) for test in tests)
         made = [i for i, f in zip(items, fold_of) if f != fold]
         pure = [i for i in made if not check.fault(" ".join(training_text(i)))]
         leaks += len(made) - len(pure)
-        real = [s for s, f in zip(seeds, found) if f != fold]
+        real = [s for s, f in zip(seeds, seed_fold) if f != fold]
         x, y, used = pack(tests, base.vocabulary, base.model.config.seq_len)
+        if not used:
+            raise ValueError(f"--checkpoint {config.checkpoint}: no seed fits into its seq_len")
         for name, data in (("nothing", []), ("the other seeds", real), ("data", pure),
                            ("both", real + pure)):  # fmt: skip
             pairs = [training_text(item) for item in data]
@@ -2437,10 +2104,12 @@ def read_flags(argv: list[str]) -> Config:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
+    commands = {"stories": experiment, "folds": folds, "distil": distil, "rows": answer_table}
     try:
         config = read_flags(argv)
-        commands = {"stories": experiment, "folds": folds, "distil": distil, "rows": map_rows}
-        return commands.get(config.mode, invent)(config)
+        alone = contextlib.nullcontext() if config.plan else training.locked(Path(config.out))
+        with alone:
+            return commands.get(config.mode, invent)(config)
     except (ValueError, OSError, BackendError, training.RunError) as error:
         print(f"09_selfinstruct.py: error: {error}", file=sys.stderr)
         return 2
