@@ -29,7 +29,7 @@ Each kernel file says in `aot_cases()` what to compile, as dictionaries:
 Sources: limits of shared memory: CUDA C++ Programming Guide, table of compute capabilities (163 and
 227 KiB for one block); AMD CDNA3 ISA, section 3.1 (64 KiB of LDS).
 
-Run: `python kernels/aot.py` (90 s of CPU time on 2 cores of an AMD EPYC (Zen 3)) prints a line for
+Run: `python kernels/aot.py` (140 s of CPU time on 2 cores of an AMD EPYC (Zen 3)) prints a line for
 each kernel and target, and ends with status 1 if a limit or an expectation is not met. `--json
 FILE` also writes the table there, under the version of Triton, beside those of other versions.
 """

@@ -212,7 +212,7 @@ def _span(
 @jit
 def _block(i, begin, free, free_stop, STEP: tl.constexpr, PART: tl.constexpr):
     """The lines of block i of those seen in part (PART 0) or entirely (PART 1)."""
-    # anew in each turn: Triton 3.6 spills if pointers are carried across loops
+    # from i, and addresses from these, in each turn: Triton 3.6 spills if pointers are carried on
     block = free + i * STEP
     if PART == 0:
         block = begin + i * STEP
@@ -231,7 +231,7 @@ def _forward(
     """Program: BM rows of one head of one batch row. Writes o and lse of these rows."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row, h, b = _place(tl.program_id(0), T, H, BM)
-    row = (tl.cdiv(T, BM) - 1) * BM - row  # if causal the last rows have most to do: first
+    row = (tl.cdiv(T, BM) - 1) * BM - row  # if causal the last rows have most to do and go first
     q += b * stride_qb + h * stride_qh
     k += b * stride_kb + h // (H // G) * stride_kh
     v += b * stride_vb + h // (H // G) * stride_vh
