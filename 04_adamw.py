@@ -186,11 +186,12 @@ class AdamW(torch.optim.Optimizer):
         for name in ("lr", "eps", "weight_decay"):
             if not 0 <= values[name] < math.inf:
                 raise ValueError(f"{name}={values[name]} must be finite and at least 0")
-        if not all(0 <= beta < 1 for beta in values["betas"]):
-            raise ValueError(f"betas={values['betas']} must both be in [0, 1)")
+        if len(values["betas"]) != 2 or not all(0 <= beta < 1 for beta in values["betas"]):
+            raise ValueError(f"betas={values['betas']} must be two numbers in [0, 1)")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
+                self.param_groups.pop()  # a caller who catches this goes on without the group
                 raise ValueError(
                     f"a parameter of {tuple(p.shape)} is {p.dtype} and must be real; "
                     "hand over torch.view_as_real of it"
@@ -201,6 +202,8 @@ class AdamW(torch.optim.Optimizer):
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"{name}=True in the state_dict must be False: not done here")
+            if not group.get("decoupled_weight_decay", True):
+                raise ValueError("the state_dict is of Adam, whose decay is part of the gradient")
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch's fused form keeps it on the GPU
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
@@ -315,7 +318,7 @@ def weight_left(scales: Tensor, decay: float, decoupled: bool, lr: float, steps:
 
 
 def milliseconds_per_step(make: Callable[[list], torch.optim.Optimizer], repeats: int = 7) -> float:
-    """Median CPU time of a step over 8M parameters: a quarter of what 06_train's default has."""
+    """Median CPU time of a step over 8M parameters: 31% of what the 27M model has."""
     shapes = [(4096, 512)] + 2 * [(3072, 512), (512, 1536), (1024, 512), (512, 512), (512,), (512,)]
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     for p in params:

@@ -17,7 +17,7 @@ one of two ways, and either way each token is a target once per epoch:
 Batch `step` of size B holds samples step*B .. step*B + B-1 of the endless sequence made of one
 shuffle of all rows after another; the shuffle of epoch e is drawn from (seed, e). So the position
 in the data is one integer, nothing has to be replayed to resume at any step, and a batch is a
-gather of a few microseconds: there is no loader process. With `device="cuda"` the whole
+gather of half a millisecond: there is no loader process. With `device="cuda"` the whole
 set lies on the GPU (2 bytes a token: TinyStories is 1.1 GB) and so does the gather.
 
 Letters: B rows, T positions, R rows in an epoch.
@@ -65,6 +65,17 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def check_ids(ids: np.ndarray, end: int, source: str) -> None:
+    """Raises ValueError unless ids (n,) are whole numbers that uint16 holds, none of them END."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        shape = tuple(ids.shape)
+        raise ValueError(f"{source}: ids of {ids.dtype} and shape {shape} must be integers, (n,)")
+    if len(ids) and (ids.min() < 0 or ids.max() > 65535):
+        raise ValueError(f"{source}: ids from {ids.min()} to {ids.max()} must fit uint16")
+    if (ids == end).any():
+        raise ValueError(f"{source}: a story with END ({end}) in it must be given as two")
+
+
 def write_tokens(
     path: Path,
     stories: Iterable[np.ndarray],
@@ -82,23 +93,25 @@ def write_tokens(
         stories: one uint16 array per story.
         total_nats: -log probability of all the stories together, where they come from a known
             distribution; over the number of targets it is the least mean loss to be expected.
-    Raises: ValueError when there is no story, or an id that uint16 cannot hold.
+    Raises: ValueError when there is no story, or ids that cannot be one's (see `check_ids`).
     """
     part = beside(path, ".part")
     count, tokens = 0, 1
-    with open(part, "wb") as file:
-        separator = np.array([end], dtype=np.uint16).tobytes()
-        file.write(separator)
-        for ids in stories:
-            if ids.dtype != np.uint16 and len(ids) and (ids.min() < 0 or ids.max() > 65535):
-                raise ValueError(f"{source}: ids from {ids.min()} to {ids.max()} must fit uint16")
-            file.write(ids.astype(np.uint16, copy=False).tobytes() + separator)
-            count, tokens = count + 1, tokens + len(ids) + 1
-        file.flush()
-        os.fsync(file.fileno())
-    if count == 0:
-        part.unlink()
-        raise ValueError(f"{source}: no story found; wanted stories separated by <|endoftext|>")
+    try:
+        with open(part, "wb") as file:
+            separator = np.array([end], dtype=np.uint16).tobytes()
+            file.write(separator)
+            for ids in stories:
+                check_ids(ids, end, source)
+                file.write(ids.astype(np.uint16, copy=False).tobytes() + separator)
+                count, tokens = count + 1, tokens + len(ids) + 1
+            file.flush()
+            os.fsync(file.fileno())
+        if count == 0:
+            raise ValueError(f"{source}: no story found; wanted stories separated by <|endoftext|>")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     floor = None if total_nats is None else total_nats / (tokens - 1)
     about = TokenFile(vocabulary, end, tokens, count, source, floor)
     beside(path, ".json").unlink(missing_ok=True)
@@ -150,7 +163,11 @@ def story_rows(ids: np.ndarray, end: int, seq_len: int) -> tuple[np.ndarray, np.
 
     A row begins at an END and ends at the last END that is at most seq_len places further; if
     there is none, the story is longer than a row and is cut every seq_len.
+
+    Raises: ValueError unless the ids begin and end with END, with a story in between.
     """
+    if len(ids) < 2 or ids[0] != end or ids[-1] != end:
+        raise ValueError(f"{len(ids)} ids: the first and the last must be END, {end}")
     ends = np.concatenate(
         [i + np.flatnonzero(ids[i : i + SCAN] == end) for i in range(0, len(ids), SCAN)]
     )
@@ -189,6 +206,12 @@ class Batches:
         device: torch.device | str = "cpu",
     ):
         self.starts, self.lengths = rows
+        if ids.dtype != np.uint16:
+            raise ValueError(f"ids of {ids.dtype} must be uint16, as open_tokens returns them")
+        if len(self.lengths) == 0 or self.lengths.max() > seq_len:
+            longest = max(self.lengths, default=0)
+            raise ValueError(f"{len(self.lengths)} rows, the longest of {longest} targets: wanted "
+                             f"one or more, of at most seq_len={seq_len}")  # fmt: skip
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         # int16 holds the same bits: torch cannot index uint16 on every device
         self.ids = torch.from_numpy(ids.view(np.int16)).to(device)

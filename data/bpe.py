@@ -67,15 +67,17 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB = 1 << 16  # ids are stored as uint16
 MIN_COUNT = 2  # a pair that occurs once is no pattern
 
-# What bounds the memory: no input, however large or odd, can exceed these.
+# What bounds the memory, however large or odd the input is.
 CHUNK = 1 << 20  # bytes read from a file at once
 LONGEST_STORY = 1 << 22  # bytes; War and Peace is 3.2 MB
 SAMPLE = 1 << 25  # characters that training looks at, drawn from all stories if they have more
+PER_STORY = 100  # what a story in the sample takes beside its characters, about as many bytes
 MOST_PIECES = 1 << 18  # distinct pieces that are counted; the rarest are dropped when more turn up
 LONGEST_PIECE = 64  # bytes; longer ones (base64, DNA) are cut up, in training only
 
-# As in cl100k, but for "at most 256" in two places: both engines step back through a run of white
-# space, and without a bound a million spaces take minutes or overflow tiktoken's stack.
+# As in cl100k, with two differences. "At most 256" in two places: both engines step back through a
+# run of white space, and without a bound a million spaces take minutes or overflow tiktoken's
+# stack. And white space at the end of a text is cut as anywhere else, where cl100k keeps it whole.
 PATTERN = "|".join(
     (
         r"'(?i:[sdmt]|ll|ve|re)",  # the ends of it's, I'd, I'm, don't, we'll, I've, you're
@@ -140,14 +142,17 @@ def draw_sample(stories: Iterable[str], most: int = SAMPLE) -> list[str]:
     """All stories if they have at most `most` characters; otherwise as many as fit, at random.
 
     Each story draws a number and those with the lowest are kept, so the sample is spread evenly
-    over a stream of any length. The same stream gives the same sample.
+    over a stream of any length. The same stream gives the same sample. A story counts `PER_STORY`
+    characters more than it has, and an empty one is left out.
     """
     rng, kept, size = Random(0), [], 0  # kept: a heap with the highest draw on top
     for story in stories:
+        if not story:
+            continue
         heappush(kept, (-rng.random(), story))
-        size += len(story)
+        size += len(story) + PER_STORY
         while size > most and len(kept) > 1:
-            size -= len(heappop(kept)[1])
+            size -= len(heappop(kept)[1]) + PER_STORY
     return [story for _, story in kept]
 
 
@@ -324,8 +329,12 @@ def train(
     Reads the stories once and keeps a bounded sample of them; see the constants above. The
     order of the stories makes no difference unless one of those bounds is met.
 
-    Raises: ValueError for a vocab_size out of range, or special_tokens without <|endoftext|>.
+    Raises: ValueError for a vocab_size out of range, for special_tokens without <|endoftext|> or
+        with a repetition, and for one text where an iterable of texts is wanted.
     """
+    for name, value in (("stories", stories), ("special_tokens", special_tokens)):
+        if isinstance(value, (str, bytes)):
+            raise ValueError(f"{name}={value[:20]!r} must be an iterable of texts, as in [text]")
     least = 256 + len(special_tokens)
     if not least <= vocab_size <= MAX_VOCAB:
         raise ValueError(
@@ -334,12 +343,16 @@ def train(
         )
     if END_OF_TEXT not in special_tokens:
         raise ValueError(f"special_tokens={special_tokens} must hold {END_OF_TEXT!r}")
+    if len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"special_tokens={special_tokens} must hold each one once")
     pieces = count_pieces(draw_sample(stories))
     return Vocabulary(tuple(learn_merges(pieces, vocab_size - least)), tuple(special_tokens))
 
 
 def encode(stories: Iterable[str], vocabulary: Vocabulary) -> Iterator[np.ndarray]:
     """The ids of each story, a uint16 array without END; what looks special is ordinary text."""
+    if isinstance(stories, (str, bytes)):
+        raise ValueError(f"stories={stories[:20]!r} must be an iterable of texts, as in [text]")
     encode_ordinary = vocabulary.encoding().encode_ordinary
     for story in stories:
         yield np.array(encode_ordinary(story), dtype=np.uint16)

@@ -4,9 +4,9 @@
     split    stories to train on and stories to validate on; no story is on both sides
     tokens   a vocabulary learned from the first, and both as uint16 ids in memory-mapped files
 
-The cache's folder is named after a hash of what the tokens depend on: the text, the size of the
-vocabulary, the split. It appears under its name only when it is complete, so a killed process
-leaves nothing that another would take for whole.
+The cache's folder is named after a hash of what the tokens depend on: the text, the tokeniser's
+code, the size of the vocabulary, the split. It appears under its name only when it is complete, so
+a killed process leaves nothing that another would take for whole.
 
 Run: `python -m data.corpus` prepares 2,000 built-in stories in a temporary folder and prints
 
@@ -124,7 +124,8 @@ def prepare(name: str, cache: Path, vocab_size: int, story_count: int = 20_000) 
         text = tinystories_text(cache)
     else:
         text = file_text(Path(name))
-    made_from = (text.identity, vocab_size, HELD_OUT, VAL_STORIES)
+    code = Path(bpe.__file__).read_bytes(), Path(batches.__file__).read_bytes()
+    made_from = (text.identity, code, vocab_size, HELD_OUT, VAL_STORIES)
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
     folder = cache / f"tokens-{key}"
     if not folder.exists():

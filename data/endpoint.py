@@ -10,6 +10,8 @@ what may be over the next time (429, 5xx, a lost connection) is tried again, aft
 seconds or as long as Retry-After says, and what may have been billed three times at most. A prompt
 that the server refuses to answer is an answer too: a reply with `refused`, the others go on.
 
+`Ledger` does for the steps of a longer run what the file of answers does for requests.
+
 Only the standard library is needed, so the file can be copied out alone. It speaks
 /chat/completions, without streaming; of a reply it needs `choices[0].message.content`. Where a
 server does not count tokens (`usage`), they are estimated from the length of the texts.
@@ -27,6 +29,7 @@ Run: `python data/endpoint.py` asks a server in this process that misbehaves (1 
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import email.utils
@@ -43,7 +46,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +141,45 @@ class Journal:
         self.entries += entries
 
 
+class Ledger:
+    """Every item that a run has made, with its verdict: a file that a killed run goes on from.
+
+    A run is a loop of steps, each of which depends on the seed and the results of earlier ones
+    only. `step` looks a result up before it has it computed, so a resumed run repeats the loop
+    at no cost up to where it was killed, and ends with the same data.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.journal = Journal(path)
+        self.steps: dict[str, list[dict]] = collections.defaultdict(list)
+        for entry in self.journal.entries:
+            self.steps[entry["step"]].append(entry)
+        settings = {"step": "settings", **json.loads(json.dumps(settings))}
+        if not self.journal.entries:
+            self.journal.add([settings])
+        elif settings != (old := self.journal.entries[0]):
+            names = [k for k in settings | old if old.get(k) != settings.get(k)]
+            raise ValueError(f"{path} has a run with another {', '.join(names)}; use another file")
+
+    def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
+        """The items of a step: those in the file, or else what work() returns, written there.
+
+        A replayed step never calls `work`: what the closure does beside returning its items (take
+        them into a pool, say) must be done again by the caller, from what this returns.
+        """
+        if name not in self.steps:
+            entries = [{"step": name, **item} for item in work()] or [{"step": name}]
+            entries = json.loads(json.dumps(entries))  # as they will be read: no tuples
+            self.journal.add(entries)
+            self.steps[name] = entries
+        return [entry for entry in self.steps[name] if "verdict" in entry]
+
+    def items(self) -> list[dict]:
+        """All items once, whatever their verdict."""
+        entries = (e for step in self.steps.values() for e in step if "verdict" in e)
+        return list({entry["id"]: entry for entry in entries}.values())
+
+
 @dataclass
 class Limits:
     """What may be spent in all, by the requests of all processes that share the file of answers.
@@ -158,6 +200,20 @@ class Limits:
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """Dollars; 0 where the prices are not known."""
         return (tokens_in * (self.price_in or 0) + tokens_out * (self.price_out or 0)) / 1e6
+
+    def plan(self, prompts: list[tuple[int, str, float]]) -> str:
+        """About what it will cost to send so many prompts like one, with replies of so many tokens,
+        for each of a list; and where it stops in any case."""
+        tokens_in = sum(n * estimated_tokens(prompt) for n, prompt, _ in prompts)
+        tokens_out = round(sum(n * reply for n, _, reply in prompts))
+        cost, stop = "prices unknown: give price_in and price_out", f"{self.tokens:,} tokens"
+        if self.price_in is not None and self.price_out is not None:
+            cost = f"about {self.cost(tokens_in, tokens_out):.2f} dollars"
+        if self.dollars < math.inf:
+            stop += f" or {self.dollars:.2f} dollars"
+        count = sum(n for n, _, _ in prompts)
+        return (f"about {count:,} prompts, {tokens_in:,} tokens in and {tokens_out:,} out; {cost}; "
+                f"stops at {stop}")  # fmt: skip
 
 
 class Retry(Exception):

@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -225,7 +226,27 @@ def map_rows(
     return results
 
 
-# 3. Rows to train on: what the Alpaca repository and fine-tuning services read
+# 3. Rows to train on: texts, and what the Alpaca repository and fine-tuning services read
+
+TEMPLATES = {  # a model trained on one form only would depend on it
+    True: [
+        "{instruction}\n\n{input}\n\n", "{instruction}\nInput: {input}\nOutput:",
+        "Task: {instruction}\n{input}\nAnswer:", "{instruction}\n\nInput: {input}\n\nOutput:",
+        "{instruction} {input}\n\n", "Do this.\n{instruction}\n\nWith this: {input}\n\nResult:",
+        "{instruction}\n\n{input}\n\nAnswer:",
+    ],
+    False: [
+        "{instruction}\n\n", "{instruction} Output:", "Task: {instruction}\nAnswer:",
+        "{instruction}\n\nOutput:", "{instruction}\n", "Do this.\n{instruction}\n\nResult:",
+    ],
+}  # fmt: skip
+
+
+def training_text(item: dict, seed: int = 0) -> tuple[str, str]:
+    """Prompt and response of an item in one of the templates, drawn by the item's id: step 6."""
+    templates = TEMPLATES[bool(item["input"])]
+    template = random.Random(json.dumps((seed, item["id"]))).choice(templates)
+    return template.format(instruction=item["instruction"], input=item["input"]), item["output"]
 
 
 def alpaca_record(item: dict) -> dict:

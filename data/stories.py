@@ -569,8 +569,13 @@ def explain(text: str, failures: list[tuple[int, str, str, dict, Use | None]]) -
     located = []
     for at, wanted, rule, memory, use in failures:
         same = len(os.path.commonprefix((text[at : at + len(wanted)], wanted)))
-        begin = max(text.rfind(" ", 0, at + same), text.rfind("\n", 0, at + same)) + 1
-        word = (text[:at] + wanted)[begin:].split(" ")[0]  # the one that should begin there
+        good = at + same  # so many characters are right
+        if text[good : good + 1].strip() or wanted[same : same + 1].strip():
+            begin = max(text.rfind(" ", 0, good), text.rfind("\n", 0, good)) + 1
+            word = (text[:at] + wanted)[begin:].split(" ")[0]  # the one that should begin there
+        else:  # a word ends in both, and what comes behind it is wrong
+            begin = min(good + 1, len(text))
+            word = (wanted[same:].split() or ["another word" if wanted[same:] else ""])[0]
         located.append((begin, use is not None, word, rule, memory, use))
     position, _, _, rule, memory, use = max(located, key=lambda failure: failure[:2])
     if use is None:
@@ -582,7 +587,7 @@ def explain(text: str, failures: list[tuple[int, str, str, dict, Use | None]]) -
         wanted = f"{use.text(memory)} ({use.variable} is {memory[use.variable]})"
     number = len(text[:position].split()) + 1
     found = (text[position:].split() or ["the end of the text"])[0]
-    return Broken(rule, position, f"word {number} is {found}, wanted {wanted}")
+    return Broken(rule, position, f"word {number} is {found[:40]}, wanted {wanted}")
 
 
 # The instruct form

@@ -584,7 +584,7 @@ def test_distillation_loss_of_padding_is_zero():
 
 def test_perplexity_and_bits_per_byte_known_values():
     assert losses.perplexity(math.log(50)) == pytest.approx(50)
-    assert losses.perplexity(1e4) == math.inf
+    assert losses.perplexity(1e4) == math.inf and math.isnan(losses.perplexity(math.nan))
     assert losses.bits_per_byte(math.log(2) * 3, tokens=10, bytes=40) == pytest.approx(0.75)
     # equally likely bytes are 8 bits each, whether taken one or two at a time
     one = losses.bits_per_byte(math.log(256), 1000, 1000)
@@ -685,3 +685,10 @@ def test_losses_without_kernels_say_what_is_missing(monkeypatch):
         losses.cross_entropy(x, y, implementation="triton")
     with pytest.raises(ValueError, match="implementation='fast'"):
         losses.cross_entropy(x, y, implementation="fast")
+
+
+def test_reference_is_torch_and_what_ours_is():
+    x, y = torch.randn(3, 5, 11, dtype=torch.float64), torch.randint(11, (3, 5))
+    wanted = F.cross_entropy(x.flatten(0, 1), y.flatten())
+    torch.testing.assert_close(losses.cross_entropy_reference(x, y), wanted)
+    torch.testing.assert_close(losses.cross_entropy(x, y), wanted)

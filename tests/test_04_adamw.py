@@ -454,6 +454,18 @@ def test_adamw_names_a_wrong_value_of_a_group():
 def test_adamw_refuses_complex_parameters():
     with pytest.raises(ValueError, match="complex64 and must be real"):
         AdamW([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    optimizer = AdamW([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="complex64 and must be real"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3) + 1j)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_adamw_refuses_what_adam_with_l2_saved():
+    p = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="part of the gradient"):
+        AdamW([p]).load_state_dict(torch.optim.Adam([p], weight_decay=0.1).state_dict())
+    with pytest.raises(ValueError, match="two numbers"):
+        AdamW([p], betas=(0.9,))
 
 
 @pytest.mark.parametrize("form", FORMS)

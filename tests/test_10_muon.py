@@ -140,6 +140,10 @@ def test_orthogonalise_leaves_zero_at_zero_and_does_not_touch_its_input():
     assert torch.equal(after[0], torch.zeros(6, 4)) and after[1].norm() > 1
     assert torch.equal(batch, before)
     assert orthogonalise(1e-14 * random(6, 4)).abs().max() < 1e-3  # below eps: noise stays small
+    a, _, _ = module.COEFFICIENTS
+    assert a**5 == pytest.approx(485, abs=0.5)  # what a tiny matrix is multiplied by
+    tiny = 1e-12 * random(6, 4)
+    torch.testing.assert_close(orthogonalise(tiny), tiny / module.EPS * a**5, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

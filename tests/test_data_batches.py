@@ -362,3 +362,30 @@ def test_names_with_dots_are_kept_apart(tmp_path):
         batches.write_tokens(tmp_path / name, [array], vocabulary="x", end=0, source="test")
     assert batches.open_tokens(tmp_path / "v1.train", "x")[0].tolist() == [0, 1, 2, 0]
     assert batches.open_tokens(tmp_path / "v1.val", "x")[0].tolist() == [0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "story, wanted",
+    [
+        (np.array([1.7, 2.0]), "must be integers"),
+        (np.array([[1, 2]]), "must be integers"),
+        (np.array([1, END, 2]), "must be given as two"),
+    ],
+)
+def test_write_tokens_refuses_what_is_no_story_and_leaves_nothing(story, wanted, tmp_path):
+    with pytest.raises(ValueError, match=wanted):
+        batches.write_tokens(tmp_path / "x", [story], vocabulary="v", end=END, source="made up")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_refuse_rows_and_ids_that_do_not_fit():
+    ids = np.array([END, 1, 2, END, 3, END], dtype=np.uint16)
+    rows = batches.story_rows(ids, END, 8)
+    with pytest.raises(ValueError, match="must be uint16"):
+        batches.Batches(ids.astype(np.int64), rows, 1, 8, seed=0)
+    with pytest.raises(ValueError, match="the longest of 5 targets"):
+        batches.Batches(ids, rows, 1, 4, seed=0)
+    with pytest.raises(ValueError, match="0 rows"):
+        batches.Batches(ids, (rows[0][:0], rows[1][:0]), 1, 8, seed=0)
+    with pytest.raises(ValueError, match="first and the last must be END"):
+        batches.story_rows(ids, END + 1, 8)

@@ -216,17 +216,19 @@ class Story(str):
 
 def test_draw_sample_holds_no_more_than_it_may():
     Story.alive = Story.most_alive = 0
-    kept = bpe.draw_sample((Story(f"{i:010d}") for i in range(50_000)), most=10_000)
+    most = 1000 * (10 + bpe.PER_STORY)
+    kept = bpe.draw_sample((Story(f"{i:010d}") for i in range(50_000)), most)
     assert len(kept) == 1000 and len(set(kept)) == 1000
     assert Story.most_alive <= 1003
 
 
 def test_draw_sample_is_spread_over_the_stream():
-    kept = bpe.draw_sample((f"{i:010d}" for i in range(50_000)), most=50_000)
+    most = 5000 * (10 + bpe.PER_STORY)
+    kept = bpe.draw_sample((f"{i:010d}" for i in range(50_000)), most)
     tenths = np.bincount([int(story) // 5000 for story in kept], minlength=10)
     assert tenths.sum() == 5000
     assert np.abs(tenths - 500).max() < 4 * np.sqrt(500)
-    assert kept == bpe.draw_sample((f"{i:010d}" for i in range(50_000)), most=50_000)
+    assert kept == bpe.draw_sample((f"{i:010d}" for i in range(50_000)), most)
 
 
 def test_draw_sample_keeps_all_that_fits():
@@ -234,6 +236,18 @@ def test_draw_sample_keeps_all_that_fits():
     assert sorted(bpe.draw_sample(stories)) == sorted(stories)
     assert bpe.draw_sample(["a" * 100], most=10) == ["a" * 100]  # never nothing
     assert bpe.draw_sample([]) == []
+    assert bpe.draw_sample(["", "a", ""]) == ["a"]
+
+
+def test_one_text_in_place_of_texts_is_refused():
+    with pytest.raises(ValueError, match="iterable of texts"):
+        bpe.train("hello world", 300)
+    with pytest.raises(ValueError, match="iterable of texts"):
+        bpe.train(["hello"], 300, special_tokens=bpe.END_OF_TEXT)
+    with pytest.raises(ValueError, match="each one once"):
+        bpe.train(["hello"], 300, special_tokens=(bpe.END_OF_TEXT, bpe.END_OF_TEXT))
+    with pytest.raises(ValueError, match="iterable of texts"):
+        next(bpe.encode("hello", bpe.Vocabulary(())))
 
 
 def test_count_pieces_forgets_only_rare_pieces():

@@ -203,6 +203,22 @@ def test_parse_tells_who_what_and_where():
     assert broken.rule == "hero.he" and "wanted she (hero is Lily)" in broken.message
 
 
+def test_parse_finds_what_is_too_much_and_what_is_missing():
+    story, _ = stories.sample(random.Random(5))
+    for more, found in (("\n", "the end of the text"), (" The end.", "The")):
+        broken = stories.parse(story + more)
+        assert broken.position == len(story) + 1, broken
+        assert f"is {found}, wanted the end" in broken.message, broken
+    for words in range(1, 8):
+        short = " ".join(story.split(" ")[:words])
+        broken = stories.parse(short)
+        assert broken.position == len(short) and "is the end of the text" in broken.message
+        assert broken.message.startswith(f"word {words + 1} ")
+        known = (story.split(" ")[words], "another word", "or ...")
+        assert any(word in broken.message for word in known), broken
+    assert len(stories.parse("x" * 100_000).message) < 200
+
+
 @pytest.mark.parametrize("text", ["", " ", "Hello", "Once upon a time,", "\n\n", "One day " * 50])
 def test_parse_of_other_texts_is_broken_not_an_error(text):
     assert isinstance(stories.parse(text), stories.Broken)

@@ -564,7 +564,7 @@ def test_main_fetches_both_files_and_checks_them(hub, tmp_path, capfd):
     assert lines == [
         f"{tmp_path}/TinyStoriesV2-GPT4-{split}.txt  300,000 bytes  sha256 {digest}"
         for split in ("train", "valid")
-    ] + ["ok: both files are as the server stated them"]
+    ] + ["ok: both files have the server's size and checksum"]
     (tmp_path / NAME).write_bytes(OTHER)  # as long: found by reading only
     assert tinystories.main(arguments) == 2
     assert "is damaged" in capfd.readouterr().err
