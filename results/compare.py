@@ -13,11 +13,12 @@ each alone.
 
 The losses (--losses). A small equal shape is trained on about so many targets of the same token
 file, each side with its own defaults: optimiser, learning rate, shape of the schedule, dropout,
-initialisation and how rows are cut from the text. What a default says in steps is taken as a share
-of the run. All are then scored on the same rows of the validation text, cut as we cut them (from
-the beginning of a story on) and as they do (every T tokens); the time is that of the steps alone.
-A score at each tenth of the run, on fewer rows, says where we are when a peer has ended.
-Their learning rate was chosen for larger models and longer runs: this compares what each does when
+initialisation and how rows are cut from the text (our rows of whole stories are padded, so that the
+same tokens make more and smaller steps). What a default says in steps is taken as a share of the
+run. All are then scored on the same rows of the validation text, cut as we cut them (from the
+beginning of a story on) and as they do (every T tokens); the time is that of the steps alone. A
+score at each tenth of the run, on fewer rows, says where we are when a peer has ended. Their
+learning rate was chosen for larger models and longer runs: this compares what each does when
 nobody tunes it, not the best that each could do.
 """
 
@@ -406,10 +407,14 @@ def print_losses(shape: Shape, result: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    if bool(args.losses) != bool(args.train and args.val):
+    if len({args.losses is None, args.train is None, args.val is None}) > 1:
         raise train.RunError("--losses TOKENS goes with --train FILE and --val FILE")
-    if args.steps < 0 or min(args.rows) < 1:
-        raise train.RunError(f"--steps {args.steps} --rows {args.rows}: wanted 0 and 1 at least")
+    if args.steps < 0 or min(args.rows) < 1 or (args.losses is not None and args.losses < 1):
+        raise train.RunError(
+            f"--steps {args.steps} --rows {args.rows} --losses {args.losses}: wanted 0, 1, 1 up"
+        )
+    if args.steps == 0 and args.losses is None:
+        raise train.RunError("--steps 0 without --losses leaves nothing to do")
     for text in filter(None, (args.train, args.val)):  # now, not after the steps
         if not Path(text).is_file():
             raise train.RunError(f"{text}: no such file; wanted stories separated by <|endoftext|>")

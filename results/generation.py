@@ -105,6 +105,9 @@ def compare(
 def run(args: argparse.Namespace) -> dict:
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise train.RunError(f"--json {args.json}: there is no such folder; make it first")
+    if min(args.turns, *args.rows) < 1:
+        raise train.RunError(f"--turns {args.turns} --rows {args.rows}: wanted at least 1")
+    torch.manual_seed(0)
     device = train.pick_device("auto")
     with tempfile.TemporaryDirectory() as made:
         if args.folder is None:
