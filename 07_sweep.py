@@ -1343,13 +1343,12 @@ class Study:
         delay = getattr(self.sampler, "delay", workers)
         check(workers <= delay, "workers", workers, f"at most TPE's delay={delay}")
         self.limits = limits
-        with self.store.locked():
+        with self.store.locked(), employed(self.objective, workers, executor) as pool:
             self.load()
             if not self.store.read():
                 self.write(study=self.identity())
             self.write(session=surroundings())
-            with employed(self.objective, workers, executor) as pool:
-                self._loop(pool, show)
+            self._loop(pool, show)
         return self
 
     def _loop(self, pool: Workers, show: bool) -> None:

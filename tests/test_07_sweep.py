@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -144,6 +145,43 @@ def test_conditional_parameters_exist_only_with_their_choice(sampler, tmp_path):
     for config in seen:
         assert ("momentum" in config) == (config["optimizer"] == "muon")
         assert set(config["model"]) == {"width", "depth"} and config["schedule"] == "constant"
+
+
+BRANCHES = {
+    "optimizer": Choice(("adamw", "muon"), then={
+        "adamw": {"lr": Range(1e-4, 1e-2, log=True), "nesterov": False},
+        "muon": {"lr": Range(0.01, 0.1), "steps": Choice((3, 5), then={3: {"beta": 0.5}})},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", [Random(), Sobol(), Grid(3), TPE(), TPE(joint=False)])
+def test_branches_may_have_the_same_name_and_constants(sampler, tmp_path, monkeypatch):
+    seen, real = [], sweep.Parzen
+
+    def spy(params, points):
+        for point in points:  # each leaf learns from its own branch only
+            assert all(point["optimizer"] == option for p in params for _, option in p.when[:1])
+        return real(params, points)
+
+    def objective(config, budget, folder):
+        seen.append({k: v for k, v in config.items() if k != "seed"})
+        return config["lr"]
+
+    monkeypatch.setattr(sweep, "Parzen", spy)
+    s = run(tmp_path / "s", objective, sampler, space=BRANCHES, trials=24)
+    assert {c["optimizer"] for c in seen} == {"adamw", "muon"}
+    for c in seen:
+        if c["optimizer"] == "adamw":
+            assert 1e-4 <= c["lr"] <= 1e-2 and c["nesterov"] is False and len(c) == 3
+        else:
+            assert 0.01 <= c["lr"] <= 0.1 and ("beta" in c) == (c["steps"] == 3)
+    labels = ["optimizer", "lr[adamw]", "lr[muon]", "steps[muon]"]
+    shown = sweep.parallel(s).splitlines()
+    assert [line.split()[0] for line in shown] == labels
+    assert "1" in shown[1] and "1" not in shown[2][12:].split("|")[1]  # adamw's rates are lower
+    assert set(sweep.importance(s)) in (set(labels), set())
+    assert sweep.Space(sweep.rebuilt(s.identity()["space"])).params == s.space.params
 
 
 def test_space_from_json_and_from_flags_equal_python():
@@ -485,6 +523,39 @@ def test_median_decides_as_optuna():
     assert 5 < finished < 75
 
 
+def reports_at(*steps):
+    """An objective with an interval of its own, better with each step and the lower x is."""
+
+    def objective(config, budget, folder):
+        for step in steps:
+            yield step, config["x"] + 1 / step, step
+
+    return objective
+
+
+def test_a_rung_is_judged_by_the_first_report_at_or_past_it(tmp_path):
+    s = run(tmp_path / "full", reports_at(1, 5, 20, 50), rule=Full(9), trials=3)
+    assert set(s.states.values()) == {"done"}
+    for t in s.trials:
+        assert t.last.step == 20 and t.value == t.params["x"] + 1 / 20
+
+    every_50 = reports_at(*range(50, 301, 50))
+    s = run(tmp_path / "asha", every_50, rule=ASHA(270, 30, 3), trials=12)
+    assert {rung: len(there) for rung, there in s.rungs.items()} == {30: 12, 90: 4, 270: 1,
+                                                                    150: 1, 200: 1, 250: 1}
+    x = sorted(t.params["x"] for t in s.trials)
+    assert s.best.state == "done" and s.best.params["x"] == x[0] and s.best.reached == 300
+    assert sorted(t.reached for t in s.trials) == [50] * 8 + [100] * 3 + [300]
+    assert outcome(study(tmp_path / "asha", every_50, rule=ASHA(270, 30, 3))) == outcome(s)
+    assert study(tmp_path / "asha", every_50, rule=ASHA(270, 30, 3)).rungs == s.rungs
+
+    s = run(tmp_path / "stop", every_50, rule=ASHA(270, 30, 3, "stop"), trials=12)
+    assert {t.reached for t in s.trials if t.state == "pruned"} >= {50}
+    s = run(tmp_path / "far", reports_at(100, 300), rule=ASHA(270, 30, 3), trials=12)
+    assert len(s.rungs[30]) == len(s.rungs[90]) == 12  # one report that passes both
+    assert s.states[s.best.index] == "done" and len(s.rungs[270]) == 4
+
+
 # the store
 
 
@@ -545,6 +616,28 @@ def test_store_refuses_another_study(tmp_path):
     ):
         with pytest.raises(SweepError, match=f"holds another study: its {word}"):
             study(tmp_path / "s", **other)
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ('{"trial": 0}', "'state'"),
+        ('{"trial": "a", "state": "done"}', "trial='a': wanted one of the 2"),
+        ('{"trial": -1, "state": "done", "time": 0}', "trial=-1: wanted one of the 2"),
+        ('{"trial": 2, "state": "done", "time": 0}', "trial=2: wanted one of the 2"),
+        ('{"trial": 0, "state": "odd", "time": 0}', "state='odd': wanted one of"),
+        ('{"trial": 2, "params": 3, "seed": 0}', "params=3: wanted"),
+        ('{"trial": 0, "state": "done", "step": 30, "time": 0}', "'value'"),
+        ("[]", "not an object"),
+    ],
+)
+def test_store_lines_that_follow_from_nothing_are_refused(line, word, tmp_path):
+    s = run(tmp_path / "s", trials=2)
+    number = len(s.store.read()) + 1
+    with open(s.store.file, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SweepError, match=f"study.jsonl, line {number} is damaged .*{word}"):
+        study(tmp_path / "s")
 
 
 def test_store_parameters_are_written_once(tmp_path):
@@ -680,9 +773,21 @@ def test_a_crashing_trial_is_recorded_and_the_study_goes_on(workers, tmp_path):
         assert again.trials[2].message == "WorkerDied: exit code 7"
 
 
-def test_ray_does_what_workers_here_do(tmp_path, monkeypatch):
-    """On a cluster of its own: a crash, a death, a report that is missing, and what is well."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two CPUs that is there already, as RAY_ADDRESS would name it."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "object_store_memory": 10**8, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", made.address)
+        yield
+    made.shutdown()
+
+
+def test_ray_does_what_workers_here_do(tmp_path, cluster):
+    """A crash, a death, a report that is missing, and what is well."""
     here, there = (
         run(tmp_path / executor, troubled, workers=2, trials=8, executor=executor)
         for executor in ("local", "ray")
@@ -696,27 +801,33 @@ def test_ray_does_what_workers_here_do(tmp_path, monkeypatch):
     assert (tmp_path / "ray" / "trial-00004" / "log.txt").read_text().startswith("trial 4 with")
 
 
-def sleeper(config, budget, folder):
-    (folder / "pid").write_text(str(os.getpid()))
-    time.sleep(200)
+def test_an_objective_that_no_process_can_import_is_refused(tmp_path):
+    with pytest.raises(SweepError, match="objective: .*top level of a file"):
+        run(tmp_path / "s", lambda config, budget, folder: 0.0, workers=2)
+    assert not (tmp_path / "s" / "study.jsonl").exists()
 
 
-def test_workers_die_with_a_killed_study(tmp_path):
-    code = f"import test_07_sweep as t; t.run({str(tmp_path)!r}, t.sleeper, workers=2)"
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
-    pids, deadline = [], time.time() + 150
-    while len(pids) < 2 and time.time() < deadline:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_commands_and_workers_die_with_a_killed_study(workers, tmp_path):
+    """kill -9 of the study: its workers, their commands, and what these have started."""
+    words = "sh -c 'sleep 200 & echo $PPID $$ $! {x} > {folder}/pids; wait'"
+    out = tmp_path / "s"
+    flags = ["--command", words, "--tune", "x=0.0:1.0", "--workers", str(workers),
+             "--delay", "2", "--out", str(out)]  # fmt: skip
+    process = subprocess.Popen([sys.executable, sweep.__file__, *flags])
+    lines, deadline = [], time.time() + 100
+    while len(lines) < workers and time.time() < deadline:
         time.sleep(0.1)
-        pids = [int(f.read_text() or 0) for f in tmp_path.glob("trial-*/pid")]
+        found = [f.read_text() for f in out.glob("trial-*/pids")]
+        lines = [text for text in found if text.endswith("\n")]
     process.kill()
     process.wait()
+    pids = {int(pid) for line in lines for pid in line.split()[:3]}
     alive = set(pids)
     while alive and time.time() < deadline:
         time.sleep(0.1)
-        alive = {pid for pid in alive if Path(f"/proc/{pid}").exists() and pid}
-    assert len(pids) == 2 and not alive
+        alive = {pid for pid in alive if Path(f"/proc/{pid}").exists()}
+    assert len(pids) == 3 * workers and not alive
 
 
 def test_median_stops_a_run_in_its_middle(tmp_path):
@@ -861,15 +972,18 @@ def test_plot_saves_pictures(tmp_path):
 def test_mlflow_gives_back_what_the_study_found(tmp_path):
     import mlflow
 
-    s = run(tmp_path / "s", troubled, trials=5)
-    sweep.to_mlflow(s)
-    sweep.to_mlflow(s)  # adds nothing
+    rule = ASHA(3, 1, 3)
+    sweep.to_mlflow(run(tmp_path / "s", troubled, rule=rule, trials=5))
+    s = run(tmp_path / "s", troubled, rule=rule, trials=9)
+    sweep.to_mlflow(s)  # what is new, of old trials too
+    assert {"done", "paused", "failed"} <= set(s.states.values())
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/s/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("s").experiment_id])
-    assert sorted(int(r.data.tags["trial"]) for r in runs) == [0, 1, 2, 3, 4]
+    assert sorted(int(r.data.tags["trial"]) for r in runs) == list(range(9))
     for r in runs:
         ours = s.trials[int(r.data.tags["trial"])]
-        assert r.info.status == {"done": "FINISHED", "failed": "FAILED"}[ours.state]
+        status = {"done": "FINISHED", "failed": "FAILED", "paused": "KILLED"}
+        assert r.info.status == status[ours.state] and r.data.tags["state"] == ours.state
         params = {"seed": ours.seed, **ours.params}
         assert r.data.params == {name: str(value) for name, value in params.items()}
         history = client.get_metric_history(r.info.run_id, "value")
@@ -878,10 +992,10 @@ def test_mlflow_gives_back_what_the_study_found(tmp_path):
 
 def test_wandb_writes_offline_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    s = run(tmp_path / "s", troubled, trials=2)
+    s = run(tmp_path / "s", troubled, rule=ASHA(9, 1, 3), trials=2)
     sweep.to_wandb(s)
     files = sorted((tmp_path / "s" / "wandb").glob("offline-run-*/*.wandb"))
-    assert [f.name for f in files] == ["run-s-0.wandb", "run-s-1.wandb"]
+    assert [f.name for f in files] == ["run-s-0-paused-1.wandb", "run-s-1-failed-0.wandb"]
     for file, ours in zip(files, s.trials):
         assert json.dumps(ours.params["x"]).encode() in file.read_bytes()
 
@@ -892,6 +1006,15 @@ def test_trackers_that_are_not_there_say_how_to_get_them(name, tmp_path, monkeyp
     s = run(tmp_path / "s", trials=1)
     with pytest.raises(SweepError, match=f"--track {name} needs {name}: pip install {name}"):
         sweep.TRACKERS[name](s)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere:x"])
+def test_ray_address_where_nobody_answers_is_one_line_at_once(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.time()
+    with pytest.raises(SweepError, match=f"RAY_ADDRESS={address}: .*Error"):
+        run(tmp_path / "s", executor="ray", trials=1)
+    assert time.time() - began < 10
 
 
 def test_ray_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
@@ -925,6 +1048,56 @@ def test_command_line_runs_any_program(tmp_path, capsys):
     assert sweep.main(flags) == 2
     assert "add --resume" in capsys.readouterr().err
     assert sweep.main([*flags, "--resume"]) == 0 and sweep.main([*flags, "--report"]) == 0
+    capsys.readouterr()
+    assert sweep.main([*flags, "--report", "--tune", "x=0.0:2.0", "--points", "6"]) == 2
+    holds = f"{tmp_path}/s holds another study: its space.x.high is 1.0, not 2.0; "
+    assert holds + "sampler.points is 5, not 6; choose" in capsys.readouterr().err
+
+
+def test_report_and_resume_need_no_flags_but_the_folder(tmp_path, capsys):
+    (tmp_path / "space.json").write_text(
+        """{"model": {"width": {"choice": [64, true], "then": {"true": {"x": {"low": 1, "high": 9}},
+        "64": {"x": {"low": 0.0, "high": 1.0}, "c": 5}}}}, "k": "v"}"""
+    )
+    command = "sh -c 'echo {fold}; echo loss: {model.width:.1f}; echo loss: {model.x}'"
+    flags = ["--command", command, "--key", "loss", "--space", str(tmp_path / "space.json"),
+             "--folds", "2", "--rule", "median", "--min-budget", "3", "--budget", "4", "--seed",
+             "3", "--sampler", "tpe-independent", "--delay", "2"]  # fmt: skip
+    flags[1] += " # {budget}"
+    out = ["--out", str(tmp_path / "s")]
+    assert sweep.main([*flags, *out, "--trials", "4"]) == 0
+    assert f"trial 0 begins; its log is in {tmp_path}/s/trial-00000" in capsys.readouterr().out
+    assert sweep.main([*out, "--report"]) == 0
+    assert "4" in capsys.readouterr().out
+    assert sweep.main([*out, "--resume", "--trials", "6"]) == 0
+    first = json.loads((tmp_path / "s" / "study.jsonl").read_text().splitlines()[0])["study"]
+    again = sweep.make_study(sweep.read_flags([*out, "--resume"]))
+    whole = sweep.make_study(sweep.read_flags([*flags, "--out", str(tmp_path / "whole")]))
+    assert again.identity() == first == whole.identity() and len(again.trials) == 6
+    whole.run(Limits(trials=6), show=False)
+    assert outcome(again) == outcome(whole)
+    first = again.trials[0]
+    assert first.last.error == 0.0 and first.params["model.x"] == first.value
+
+    run(tmp_path / "python", trials=2)  # whose objective is a function: it can be shown
+    out = ["--out", str(tmp_path / "python")]
+    assert sweep.main([*out, "--report"]) == 0
+    assert sweep.main([*out, "--resume"]) == 2
+    assert "bowl is a function" in capsys.readouterr().err
+
+
+def test_a_study_without_any_value_ends_with_status_1(tmp_path, capsys):
+    flags = ["--command", "sh -c 'exit 3 {x}'", "--tune", "x=0.0:1.0", "--trials", "2"]
+    assert sweep.main([*flags, "--out", str(tmp_path / "s"), "--plot", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"07_sweep.py: no trial in {tmp_path}/s has a value\n"
+    (tmp_path / "file").touch()
+    assert sweep.main([*flags, "--out", str(tmp_path / "file")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_progress_counts_paused_trials_as_paused(tmp_path):
+    s = run(tmp_path / "s", bowl_in_steps, rule=ASHA(9, 1, 3), trials=9)
+    assert s.progress().startswith("1/9 trials | ") and "| done 1 paused 8 |" in s.progress()
 
 
 @pytest.mark.parametrize(
@@ -942,6 +1115,19 @@ def test_command_line_runs_any_program(tmp_path, capsys):
         ("--tune seed=1:2 --rule asha -- --schedule wsd", "constant, because early stopping"),
         ("--tune warmup_steps=1:99 --rule asha", "at most the first rung, 30 steps"),
         ("--tune seed=1:2 -- --modle 8m", "did you mean --model"),
+        ("--tune x=1:2 --command run_{y}_{x}", "{y} is not in the space"),
+        ("--tune x=1:2 --command run_{x", "expected '}'"),
+        ("--tune x=1:2 --command run_{x}}", "Single '}'"),
+        ("--tune x=1:2 --command run", "{x} is not in it"),
+        ("--tune x=1:2 --command run_{x} --seeds 2", "{seed} is not in it"),
+        ("--tune x=1:2 --command run_{x} --folds 2", "{fold} is not in it"),
+        ("--tune x=1:2 --command run_{x} --rule asha", "{budget} is not in it"),
+        ("--tune seed=1:2 --folds 2", "a --command that has {fold}"),
+        ("--tune seed=1:2 --seeds 0", "--seeds=0: wanted at least 1"),
+        ("--tune seed=1:2 --seed -1", "seed=-1: wanted at least 0"),
+        ("--tune seed=1:2 --budget -5", "budget=-5: wanted at least 1"),
+        ("--tune seed=1:2 --trials -3", "trials=-3: wanted above 0"),
+        ("--report", "there is no study in"),
     ],
 )
 def test_command_line_errors_are_one_clear_line(flags, word, tmp_path, capsys):
@@ -984,7 +1170,7 @@ def test_asha_on_training_goes_on_exactly_where_it_paused(tmp_path, train_flags)
     assert [r.step for r in same.reports] == [2, 4, 6]
     out = tmp_path / "asha" / f"trial-{best.index:05d}"
     used = json.loads((out / "step-00000006" / "config.json").read_text())
-    assert {name: used[name] for name in best.params} == best.params
+    assert {name: used[name] for name in best.params} == best.params and used["samples"] == 0
     assert not list((out / "step-00000002").glob("*.pt"))  # only the newest checkpoints stay
 
 
@@ -1009,26 +1195,46 @@ def test_a_signal_while_06_trains_stops_the_study_and_fails_no_trial(
     assert s.run(Limits(trials=1), show=False).states == {0: "done"}
 
 
-def test_ray_trains_on_a_cluster_that_is_there(tmp_path, train_flags, capsys):
-    """06's runs by the command line, here and on a cluster that RAY_ADDRESS names."""
-    import ray
+def test_an_interrupted_rung_keeps_its_evaluations(tmp_path, train_flags, monkeypatch):
+    asha = ["--rule", "asha", "--min-budget", "6", "--budget", "7", "--eta", "3"]
+    whole = train_study(tmp_path / "whole", train_flags, *asha).run(Limits(trials=1), show=False)
+    s, real = train_study(tmp_path / "s", train_flags, *asha), sweep.training.add_metrics
 
+    def stop_at_4(folder, **entry):  # Ctrl-C after the second evaluation
+        real(folder, **entry)
+        if entry["step"] == 4 and "val_nats" in entry:
+            os.kill(os.getpid(), 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.training, "add_metrics", stop_at_4)
+        with pytest.raises(KeyboardInterrupt):
+            s.run(Limits(trials=1), show=False)
+    s.run(Limits(trials=1), show=False)
+    assert [r.step for r in s.trials[0].reports] == [2, 4, 6] and outcome(s) == outcome(whole)
+
+
+def test_report_gives_the_command_that_trains_the_best_in_one_run(tmp_path, train_flags, capsys):
+    s = train_study(tmp_path / "s", train_flags, "--budget", "2").run(Limits(trials=2), show=False)
+    sweep.report(s)
+    words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert words[:2] == ["python", "06_train.py"]
+    config = vars(sweep.training.resolve(sweep.training.read_flags(words[2:])))
+    run_folder = tmp_path / f"s/trial-{s.best.index:05d}/step-00000002"
+    used = json.loads((run_folder / "config.json").read_text())
+    other = {name for name in used if used[name] != config[name]}
+    assert other == {"out", "resume", "samples"} and config["samples"] == 100
+
+
+def test_ray_trains_by_the_command_line(tmp_path, train_flags, cluster, capsys):
     argv = ["--tune", "learning_rate=1e-3:1e-1:log", "--sampler", "random", "--trials", "2",
             "--budget", "2"]  # fmt: skip
-    flags = ["--", *train_flags, "--warmup-steps", "1"]
-    assert sweep.main([*argv, "--out", str(tmp_path / "here"), *flags]) == 0
-    tables = [capsys.readouterr().out]
-    cluster = ray.init("local", num_cpus=2, object_store_memory=10**8, include_dashboard=False)
-    there = ["--executor", "ray", "--workers", "2", "--out", str(tmp_path / "there")]
-    env = {**os.environ, "RAY_ADDRESS": cluster.address_info["address"]}
-    command = [sys.executable, sweep.__file__, *argv, *there, *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    ray.shutdown()
-    assert done.returncode == 0, done.stderr
-    tables.append(done.stdout)
-    rows = [text.split("\n\n")[1].splitlines() for text in tables]
-    mine, theirs = ([row.split()[:-1] for row in table] for table in rows)  # all but the seconds
-    assert mine == theirs and len(mine) == 3
+    flags, tables = ["--", *train_flags, "--warmup-steps", "1"], []
+    for executor in ("local", "ray"):
+        out = ["--executor", executor, "--out", str(tmp_path / executor)]
+        assert sweep.main([*argv, *out, *flags]) == 0
+        rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+        tables.append([row.split()[:-1] for row in rows])  # all but the seconds
+    assert tables[0] == tables[1] and len(tables[0]) == 3
 
 
 # width transfer
