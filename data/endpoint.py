@@ -206,7 +206,7 @@ class Limits:
         for each of a list; and where it stops in any case."""
         tokens_in = sum(n * estimated_tokens(prompt) for n, prompt, _ in prompts)
         tokens_out = round(sum(n * reply for n, _, reply in prompts))
-        cost, stop = "prices unknown: give price_in and price_out", f"{self.tokens:,} tokens"
+        cost, stop = "prices unknown", f"{self.tokens:,} tokens"
         if self.price_in is not None and self.price_out is not None:
             cost = f"about {self.cost(tokens_in, tokens_out):.2f} dollars"
         if self.dollars < math.inf:
