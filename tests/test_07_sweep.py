@@ -317,9 +317,40 @@ def test_parzen_density_sums_to_one_and_is_what_sample_draws():
     assert chi2 < 31.3  # 11 degrees of freedom, exceeded by chance once in 1000 times
 
 
+def synthetic(chosen, budget, folder):
+    """Like the loss of a small model: a narrow valley in rate and warmup, little else matters.
+
+    The best rate grows with the warmup; decay acts by rate * decay; beta2 hardly at all. At the
+    best point 1/budget.
+    """
+    rate = math.log10(chosen["learning_rate"] / 3e-3) - 0.25 * (chosen["warmup"] / 100 - 1)
+    decay = math.log10(chosen["weight_decay"] / 0.1) + 0.5 * rate
+    beta2 = math.log10((1 - chosen["beta2"]) / 0.03)
+    blow_up = max(0.0, rate - 0.3) ** 2  # too high a rate hurts more than too low a one
+    return 2 * rate**2 + 8 * blow_up + 0.4 * decay**2 + 0.2 * beta2**2 + 1 / budget
+
+
+SYNTHETIC = {
+    "learning_rate": Range(1e-5, 1e-1, log=True),
+    "weight_decay": Range(1e-3, 1.0, log=True),
+    "beta2": Range(0.9, 0.999),
+    "warmup": Range(0, 200, step=10),
+}
+
+
+def search(sampler, seed, trials=60):
+    """The best value of the synthetic objective that a sampler finds, without any store."""
+    space, seen = Space(SYNTHETIC), []
+    for index in range(trials):
+        params = sampler.suggest(space, seed, index, seen)
+        report = Report(1, synthetic(params, 10**9, Path()))
+        seen.append(sweep.Trial(index, params, seed, "done", [report]))
+    return min(t.value for t in seen)
+
+
 def test_tpe_halves_the_best_of_random():
     best = {
-        name: statistics.median(sweep.search(sampler, seed) for seed in range(12))
+        name: statistics.median(search(sampler, seed) for seed in range(12))
         for name, sampler in (("random", Random()), ("one", TPE(joint=False)), ("joint", TPE()))
     }
     assert best["joint"] < 0.5 * best["random"] and best["one"] < 0.7 * best["random"]
@@ -541,8 +572,8 @@ def test_a_rung_is_judged_by_the_first_report_at_or_past_it(tmp_path):
 
     every_50 = reports_at(*range(50, 301, 50))
     s = run(tmp_path / "asha", every_50, rule=ASHA(270, 30, 3), trials=12)
-    assert {rung: len(there) for rung, there in s.rungs.items()} == {30: 12, 90: 4, 270: 1,
-                                                                    150: 1, 200: 1, 250: 1}
+    arrived = {rung: len(there) for rung, there in s.rungs.items()}
+    assert arrived == {30: 12, 90: 4, 150: 1, 200: 1, 250: 1, 270: 1}
     x = sorted(t.params["x"] for t in s.trials)
     assert s.best.state == "done" and s.best.params["x"] == x[0] and s.best.reached == 300
     assert sorted(t.reached for t in s.trials) == [50] * 8 + [100] * 3 + [300]
@@ -1290,16 +1321,16 @@ def test_curve_is_the_least_value_of_all_trials_by_their_tokens(tmp_path):
 
 
 def optuna_search(sampler, seed, trials=60):
-    """What 07_sweep.py's `search` does, by optuna."""
+    """What `search` does, by optuna."""
 
     def objective(asked):
         point = {
             name: (asked.suggest_int if kind.whole else asked.suggest_float)(
                 name, kind.low, kind.high, log=kind.log, step=kind.step
             )
-            for name, kind in sweep.SYNTHETIC.items()
+            for name, kind in SYNTHETIC.items()
         }
-        return sweep.synthetic(point, 10**9, Path())
+        return synthetic(point, 10**9, Path())
 
     theirs = optuna.create_study(sampler=sampler(seed))
     theirs.optimize(objective, n_trials=trials)
@@ -1319,7 +1350,7 @@ def yardstick(seeds=30):
         "optuna tpe, each parameter by itself": lambda seed: tpe(seed=seed, multivariate=False),
         "optuna tpe, jointly": lambda seed: tpe(seed=seed),
     }
-    runs = {name: [sweep.search(s, seed) for seed in range(seeds)] for name, s in ours.items()}
+    runs = {name: [search(s, seed) for seed in range(seeds)] for name, s in ours.items()}
     runs |= {name: [optuna_search(s, seed) for seed in range(seeds)] for name, s in theirs.items()}
     return {name: statistics.median(values) for name, values in runs.items()}
 
@@ -1328,7 +1359,7 @@ def tpe_against_optuna(seeds=range(1000, 1120)):
     """Whether joint TPE and optuna's are the same: their best values, by rank (Mann & Whitney)."""
     from scipy.stats import mannwhitneyu
 
-    ours = [sweep.search(TPE(), seed) for seed in seeds]
+    ours = [search(TPE(), seed) for seed in seeds]
     theirs = [optuna_search(lambda s: optuna.samplers.TPESampler(seed=s), seed) for seed in seeds]
     quartiles = [np.quantile(values, (0.25, 0.5, 0.75)).tolist() for values in (ours, theirs)]
     p = float(mannwhitneyu(ours, theirs).pvalue)
