@@ -96,7 +96,18 @@ from torch import Tensor
 
 from data import bpe, stories
 from data import rows as tables
-from data.endpoint import BackendError, Endpoint, Ledger, Limits, Reply, digest, estimated_tokens
+from data.endpoint import (
+    BackendError,
+    Endpoint,
+    Ledger,
+    Limits,
+    Maker,
+    Reply,
+    accepted,
+    digest,
+    estimated_tokens,
+    refusal,
+)
 
 losses = importlib.import_module("01_loss")
 mlm = importlib.import_module("02_mlm")
@@ -286,80 +297,7 @@ class NoveltyGate:
         return [(-score, i) for score, i in best]
 
 
-# ---- 3. Every item with its parents and its verdict. The ledger: see data/endpoint.py ----
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Who makes items: the model asked, its name for the ledger, the seed, the ledger."""
-
-    complete: Callable[..., list[str]]
-    model: str
-    seed: int
-    ledger: Ledger
-
-    def ask(self, prompts: Sequence[str], *about: object, **sampling) -> list[Reply]:
-        """The replies; their seed is a function of the run's and of what it is about."""
-        if not prompts:
-            return []
-        replies = self.complete(prompts, seed=self.seed_of(*about), **sampling)
-        if len(replies) != len(prompts) or not all(isinstance(r, str) for r in replies):
-            raise BackendError(f"{self.model}: wanted {len(prompts)} texts, one for each prompt")
-        return [r if isinstance(r, Reply) else Reply(r) for r in replies]
-
-    def seed_of(self, *about: object) -> int:
-        return int(digest(self.seed, *about)[:7], 16)  # 28 bits: every server takes them
-
-    def item(self, operator: str, parents: list[dict], prompt: str, fault: str | None,
-             seed: int, **content) -> dict:  # fmt: skip
-        """An entry of the ledger: where an item comes from, what it says, whether it is used.
-
-        Its ancestor is the seed task of the parent that comes first.
-        """
-        names = [parent["id"] for parent in parents]
-        return {
-            "id": digest(operator, names, seed, content),
-            "operator": operator,
-            "parents": names,
-            "ancestor": parents[0].get("ancestor", parents[0]["id"]) if parents else "",
-            "prompt": digest(prompt),
-            "seed": seed,
-            "model": self.model,
-            "verdict": "rejected" if fault else "accepted",
-            "reason": fault or "",
-            **content,
-        }
-
-
-def accepted(items: Iterable[dict]) -> list[dict]:
-    return [item for item in items if item["verdict"] == "accepted"]
-
-
-def refusal(reply: Reply) -> str:
-    """Why the server gave no text; "" where it gave one."""
-    return f"refused: {reply.refused}" if reply.refused else ""
-
-
-# ---- 4. Self-Instruct: tasks that a model invents from a few of ours ----
-
-
-SEED = {"required": ["id", "instruction", "input", "output", "classification"],
-        "properties": {"id": {"type": "string"}, "instruction": {"type": "string"},
-                       "input": {"type": "string"}, "output": {"type": "string"},
-                       "classification": {"type": "boolean"}}}  # fmt: skip
-
-
-def load_seeds(path: str | Path) -> list[dict]:
-    """Seed tasks: rows that fit SEED. Raises: ValueError that names the row."""
-    seeds = tables.read_rows(path)
-    for number, task in enumerate(seeds, 1):
-        if fault := tables.schema_fault(task, SEED):
-            raise ValueError(f"{path}, row {number}: {fault}")
-    if len({task["id"] for task in seeds}) < len(seeds):
-        raise ValueError(f"{path}: two tasks have the same id")
-    if not seeds:
-        raise ValueError(f"{path}: no tasks; wanted at least one, a JSON object a line")
-    return seeds
+# ---- 3. Self-Instruct: tasks that a model invents from a few of ours ----
 
 
 @dataclass(frozen=True)
@@ -602,7 +540,7 @@ def self_instruct(
     raise AssertionError("`propose` goes on until it raises")
 
 
-# ---- 5. Alpaca: whole tasks, many in one reply. Evol-Instruct: harder tasks from tasks ----
+# ---- 4. Alpaca: whole tasks, many in one reply. Evol-Instruct: harder tasks from tasks ----
 
 
 @dataclass(frozen=True)
@@ -746,35 +684,7 @@ def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 3
     return made
 
 
-# ---- 6. One prompt for every row of a table: see data/rows.py ----
-
-
-def process_rows(
-    maker: Maker, table: list[dict], template: str, schema: dict, batch: int = 16
-) -> list[dict]:
-    """One item for each row, with its number, the row and the answer: what a map with a prompt
-    does to enrich, summarise, extract from or restructure a table. Rejects keep their reply.
-    """
-    tables.fill_all(template, table)  # what is wrong with a row shows before any is sent
-
-    def work(name: str, first: int) -> list[dict]:
-        def complete(prompts: list[str], **sampling) -> list[Reply]:
-            return maker.ask(prompts, name, **sampling)
-
-        results = tables.map_rows(complete, table[first : first + batch], template, schema)
-        return [
-            maker.item("rows", [], r["prompt"], r["reason"], maker.seed_of(name) + i,
-                       row=r["row"], number=first + i, answer=r["answer"])
-            for i, r in enumerate(results)
-        ]  # fmt: skip
-
-    items = []
-    for first in range(0, len(table), batch):
-        items += maker.ledger.step(f"rows {first}", partial(work, f"rows {first}", first))
-    return items
-
-
-# ---- 7. Augmentation: other words for the same thing. Each takes its own random.Random ----
+# ---- 5. Augmentation: other words for the same thing. Each takes its own random.Random ----
 #
 # Words are what stands between spaces; unlike the published code nothing is lower-cased and no
 # punctuation is lost. Nothing here fails on a text of one word or none.
@@ -955,7 +865,7 @@ def augment(maker: Maker, tasks: list[dict], languages: Sequence[str] = ()) -> l
     return accepted(maker.ledger.step("augment", work))
 
 
-# ---- 8. The data as a whole: near duplicates, test texts, diversity, folds ----
+# ---- 6. The data as a whole: near duplicates, test texts, diversity ----
 
 
 def hash64(x: np.ndarray) -> np.ndarray:
@@ -992,9 +902,9 @@ class MinHash:
         """Takes the text in; returns the places of the earlier ones that share a band with it."""
         signature, met = self.signature(text), set()
         for table, band in zip(self.tables, signature.reshape(self.bands, self.rows)):
-            same = table.setdefault(band.tobytes(), [])
-            met.update(same)
-            same.append(len(self.signatures))
+            bucket = table.setdefault(band.tobytes(), [])
+            met.update(bucket)
+            bucket.append(len(self.signatures))
         self.signatures.append(signature)
         return sorted(met)
 
@@ -1007,8 +917,8 @@ def without_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> lis
     """Places of the texts to keep: the first of each group of likeness >= threshold stays."""
     hashes, kept = MinHash(), set()
     for i, text in enumerate(texts):
-        met = hashes.add(text)  # asked of all texts, so that a band never loses a member
-        if not any(j in kept and hashes.similarity(i, j) >= threshold for j in met):
+        met = [j for j in hashes.add(text) if j in kept]
+        if not any(hashes.similarity(i, j) >= threshold for j in met):
             kept.add(i)
     return sorted(kept)
 
@@ -1069,8 +979,8 @@ def self_bleu(texts: Sequence[str], n: int = 4, most: int = 200) -> float:
         logs += np.log(np.maximum(hits, 0.1) / np.maximum(counts.sum(1), 1)) / n
     lengths = np.array([len(w) for w in texts])
     for i, size in enumerate(lengths):
-        near = min(np.delete(lengths, i), key=lambda x: (abs(x - size), x))
-        logs[i] += min(0.0, 1 - near / size) if size else -math.inf
+        closest = min(np.delete(lengths, i), key=lambda x: (abs(x - size), x))
+        logs[i] += min(0.0, 1 - closest / size) if size else -math.inf
     return float(np.exp(logs).mean())
 
 
@@ -1101,24 +1011,13 @@ def vendi_score(texts: Sequence[str], most: int = 500) -> float:
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
-def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
-    """The fold of each item; all that comes from one seed task is in one, so that no test item
-    has a sibling in training. Largest group first into the smallest fold."""
-    sizes, fold_of = [0] * k, {}
-    counts = collections.Counter(ancestors)
-    for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
-        fold_of[name] = sizes.index(min(sizes))
-        sizes[fold_of[name]] += count
-    return [fold_of[name] for name in ancestors]
-
-
-def clean(maker: Maker, items: list[dict], tests: Iterable[str], near: bool = True) -> list[dict]:
-    """The items that share no 13 words with a test text, are fit for a chat file and, with `near`,
-    not nearly equal to an earlier one."""
+def clean(maker: Maker, items: list[dict], tests: Iterable[str], alike: bool = False) -> list[dict]:
+    """The items that share no 13 words with a test text, are fit for a chat file and, unless they
+    may be alike, not near duplicates of an earlier one."""
     texts = [f"{item['instruction']} {item['input']} {item['output']}" for item in items]
 
     def work() -> list[dict]:
-        kept = set(without_near_duplicates(texts) if near else range(len(texts)))
+        kept = set(range(len(texts)) if alike else without_near_duplicates(texts))
         check, made = Decontaminator(tests), []
         for i, (item, text) in enumerate(zip(items, texts)):
             fault = check.fault(text) or tables.chat_fault(tables.chat_record(item))
@@ -1132,7 +1031,7 @@ def clean(maker: Maker, items: list[dict], tests: Iterable[str], near: bool = Tr
     return [item for item in items if item["id"] not in out]
 
 
-# ---- 9. Attributes that go together: a Gaussian copula for what a prompt asks for ----
+# ---- 7. Attributes that go together: a Gaussian copula for what a prompt asks for ----
 
 
 NORMAL = statistics.NormalDist()
@@ -1180,7 +1079,7 @@ class Copula:
         return z @ self.root.T < self.thresholds
 
 
-# ---- 10. A model of our own: it writes as a back end, and it learns ----
+# ---- 8. A model of our own: it writes as a back end, and it learns ----
 
 
 class Checkpoint:
@@ -1353,7 +1252,7 @@ def fine_tune(model: gpt.GPT, x: Tensor, y: Tensor, *, steps: int, batch: int = 
     return sum(last) / len(last)
 
 
-# ---- 11. A world in which it shows whether data are good: stories that were asked for ----
+# ---- 9. A world in which it shows whether data are good: stories that were asked for ----
 
 
 def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -1511,7 +1410,7 @@ def story_items(maker: Maker, name: str, requests: list[dict], samples: int) -> 
     return maker.ledger.step(name, work)
 
 
-# ---- 12. The command: invent tasks with a model of one's own choice, or the experiment ----
+# ---- 10. The command: invent tasks with a model of one's own choice, or the experiment ----
 
 
 MODES = ("stories", "self-instruct", "alpaca", "evol", "augment", "rows", "folds", "distil")
@@ -1558,9 +1457,14 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: wanted >= {least}")
         self.check_back_end()
         if self.mode == "rows" and not (self.rows and self.template and self.schema):
-            raise ValueError("--mode rows: give --rows FILE, --template FILE and --schema FILE")
+            raise ValueError("--mode rows: give --rows FILE, --template FILE, --schema FILE")
         if self.mode == "folds" and not self.checkpoint:
             raise ValueError("--mode folds: give --checkpoint FOLDER, the model to be fine-tuned")
+
+    @property
+    def limits(self) -> Limits:
+        dollars = math.inf if self.dollars is None else self.dollars
+        return Limits(self.tokens, dollars, self.price_in, self.price_out)
 
     def check_back_end(self) -> None:
         """The flags that say which model is asked, and for how much."""
@@ -1769,24 +1673,19 @@ def asked(config: Config, seeds: list[dict]) -> list[tuple[int, str, float]]:
     ]
 
 
-def limits(config: Config) -> Limits:
-    dollars = math.inf if config.dollars is None else config.dollars
-    return Limits(config.tokens, dollars, config.price_in, config.price_out)
-
-
 def plan(config: Config, complete: Callable, prompts: list[tuple[int, str, float]]) -> None:
     """Prints about what a run will cost, within a factor of two, and where it stops in any case."""
     if isinstance(complete, Checkpoint):
         complete.encode([prompt for _, prompt, _ in prompts])  # is any too long?
     missing = "; for dollars give --price-in and --price-out" if config.price_in is None else ""
-    print(f"plan     {limits(config).plan(prompts)}{missing}")
+    print(f"plan     {config.limits.plan(prompts)}{missing}")
 
 
 def back_end(config: Config) -> tuple[Callable | None, str]:
     """The model that the flags name, and its name for the ledger."""
     if config.endpoint:
         answers, key = Path(config.out) / "answers.jsonl", {"key_variable": config.key_variable}
-        return Endpoint(config.endpoint, config.model, answers, limits(config), **key), config.model
+        return Endpoint(config.endpoint, config.model, answers, config.limits, **key), config.model
     if config.checkpoint:
         return Checkpoint.load(Path(config.checkpoint)), config.checkpoint
     return None, "none"
@@ -1794,7 +1693,7 @@ def back_end(config: Config) -> tuple[Callable | None, str]:
 
 def invent(config: Config) -> int:
     """New instruction data from seed tasks and a model: ledger, Alpaca file and chat file."""
-    folder, seeds = Path(config.out), load_seeds(config.seeds)
+    folder, seeds = Path(config.out), tables.load_seeds(config.seeds)
     tests = tables.read_rows(config.test) if config.test else []
     tests = [" ".join(map(str, row.values())) for row in tests]
     complete, name = back_end(config)
@@ -1816,7 +1715,7 @@ def invent(config: Config) -> int:
             items = make(maker, seeds, config.wanted)
     except BackendError as error:  # what there is so far is data too
         items, failure = [e for e in accepted(ledger.items()) if "output" in e], error
-    items = clean(maker, items, tests, near=config.mode != "augment")
+    items = clean(maker, items, tests, alike=config.mode == "augment")
     files = {"items.jsonl": items, "alpaca.jsonl": list(map(tables.alpaca_record, items)),
              "chat.jsonl": list(map(tables.chat_record, items))}  # fmt: skip
     texts = [item["instruction"] for item in items]
@@ -1849,6 +1748,31 @@ def finish(config: Config, ledger: Ledger, complete: Callable | None, files: dic
     if failure or not next(iter(files.values())):
         raise failure or BackendError("no data: nothing has passed; see the reasons above")
     return 0
+
+
+def process_rows(
+    maker: Maker, table: list[dict], template: str, schema: dict, batch: int = 16
+) -> list[dict]:
+    """One item for each row, with its number, the row and the answer: what a map with a prompt
+    does to enrich, summarise, extract from or restructure a table. Rejects keep their reply.
+    """
+    tables.fill_all(template, table)  # what is wrong with a row shows before any is sent
+
+    def work(name: str, first: int) -> list[dict]:
+        def complete(prompts: list[str], **sampling) -> list[Reply]:
+            return maker.ask(prompts, name, **sampling)
+
+        results = tables.map_rows(complete, table[first : first + batch], template, schema)
+        return [
+            maker.item("rows", [], r["prompt"], r["reason"], maker.seed_of(name) + i,
+                       row=r["row"], number=first + i, answer=r["answer"])
+            for i, r in enumerate(results)
+        ]  # fmt: skip
+
+    items = []
+    for first in range(0, len(table), batch):
+        items += maker.ledger.step(f"rows {first}", partial(work, f"rows {first}", first))
+    return items
 
 
 def answer_table(config: Config) -> int:
@@ -1886,9 +1810,10 @@ def folds(config: Config) -> int:
     After --mode augment, with a run of 06 of 800 steps and --steps 6, nats a token change by -1.66
     +- 0.10 (standard error over folds) by the other seeds, -1.69 +- 0.09 by what was made of them.
     """
-    base, seeds = Checkpoint.load(Path(config.checkpoint)), load_seeds(config.seeds)
+    base, seeds = Checkpoint.load(Path(config.checkpoint)), tables.load_seeds(config.seeds)
     items = tables.read_rows(Path(config.out) / "items.jsonl")
-    families = grouped_folds([i["ancestor"] for i in items] + [s["id"] for s in seeds], FOLDS)
+    ancestors = [i["ancestor"] for i in items] + [s["id"] for s in seeds]
+    families = tables.grouped_folds(ancestors, FOLDS)
     fold_of, seed_fold = families[: len(items)], families[len(items) :]
     losses_of, leaks = collections.defaultdict(list), 0
     for fold in range(FOLDS):

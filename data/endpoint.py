@@ -10,7 +10,8 @@ what may be over the next time (429, 5xx, a lost connection) is tried again, aft
 seconds or as long as Retry-After says, and what may have been billed three times at most. A prompt
 that the server refuses to answer is an answer too: a reply with `refused`, the others go on.
 
-`Ledger` does for the steps of a longer run what the file of answers does for requests.
+`Ledger` does for the steps of a longer run what the file of answers does for requests, and `Maker`
+says of every item where it comes from: parents, operator, prompt, seed, verdict and reason.
 
 Only the standard library is needed, so the file can be copied out alone. It speaks
 /chat/completions, without streaming; of a reply it needs `choices[0].message.content`. Where a
@@ -46,7 +47,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,45 +140,6 @@ class Journal:
             os.fsync(file.fileno())
             self.size = file.tell()
         self.entries += entries
-
-
-class Ledger:
-    """Every item that a run has made, with its verdict: a file that a killed run goes on from.
-
-    A run is a loop of steps, each of which depends on the seed and the results of earlier ones
-    only. `step` looks a result up before it has it computed, so a resumed run repeats the loop
-    at no cost up to where it was killed, and ends with the same data.
-    """
-
-    def __init__(self, path: str | Path, settings: dict):
-        self.journal = Journal(path)
-        self.steps: dict[str, list[dict]] = collections.defaultdict(list)
-        for entry in self.journal.entries:
-            self.steps[entry["step"]].append(entry)
-        settings = {"step": "settings", **json.loads(json.dumps(settings))}
-        if not self.journal.entries:
-            self.journal.add([settings])
-        elif settings != (old := self.journal.entries[0]):
-            names = [k for k in settings | old if old.get(k) != settings.get(k)]
-            raise ValueError(f"{path} has a run with another {', '.join(names)}; use another file")
-
-    def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
-        """The items of a step: those in the file, or else what work() returns, written there.
-
-        A replayed step never calls `work`: what the closure does beside returning its items (take
-        them into a pool, say) must be done again by the caller, from what this returns.
-        """
-        if name not in self.steps:
-            entries = [{"step": name, **item} for item in work()] or [{"step": name}]
-            entries = json.loads(json.dumps(entries))  # as they will be read: no tuples
-            self.journal.add(entries)
-            self.steps[name] = entries
-        return [entry for entry in self.steps[name] if "verdict" in entry]
-
-    def items(self) -> list[dict]:
-        """All items once, whatever their verdict."""
-        entries = (e for step in self.steps.values() for e in step if "verdict" in e)
-        return list({entry["id"]: entry for entry in entries}.values())
 
 
 @dataclass
@@ -476,6 +438,103 @@ class Endpoint:
             counts = [estimated_tokens(prompt), estimated_tokens(text)]
         cut = finish == "length" or finish is None and counts[1] >= body["max_tokens"]
         return {"text": text, "cut": cut, "refused": refused, "in": counts[0], "out": counts[1]}
+
+
+# A run of many steps on top of it: every item with its parents and its verdict
+
+
+class Ledger:
+    """Every item that a run has made, with its verdict: a file that a killed run goes on from.
+
+    A run is a loop of steps, each of which depends on the seed and the results of earlier ones
+    only. `step` looks a result up before it has it computed, so a resumed run repeats the loop
+    at no cost up to where it was killed, and ends with the same data.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.journal = Journal(path)
+        self.steps: dict[str, list[dict]] = collections.defaultdict(list)
+        for entry in self.journal.entries:
+            self.steps[entry["step"]].append(entry)
+        settings = {"step": "settings", **json.loads(json.dumps(settings))}
+        if not self.journal.entries:
+            self.journal.add([settings])
+        elif settings != (old := self.journal.entries[0]):
+            names = [k for k in settings | old if old.get(k) != settings.get(k)]
+            raise ValueError(f"{path} has a run with another {', '.join(names)}; use another file")
+
+    def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
+        """The items of a step: those in the file, or else what work() returns, written there.
+
+        A replayed step never calls `work`: what the closure does beside returning its items (take
+        them into a pool, say) must be done again by the caller, from what this returns.
+        """
+        if name not in self.steps:
+            entries = [{"step": name, **item} for item in work()] or [{"step": name}]
+            entries = json.loads(json.dumps(entries))  # as they will be read: no tuples
+            self.journal.add(entries)
+            self.steps[name] = entries
+        return [entry for entry in self.steps[name] if "verdict" in entry]
+
+    def items(self) -> list[dict]:
+        """All items, whatever their verdict; what a later step judges again, once."""
+        items, known = [], set()
+        for step in self.steps.values():
+            new = [e for e in step if "verdict" in e and e["id"] not in known]
+            known.update(e["id"] for e in new)
+            items += new
+        return items
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who makes items: the model asked, its name for the ledger, the seed, the ledger."""
+
+    complete: Callable[..., list[str]]
+    model: str
+    seed: int
+    ledger: Ledger
+
+    def ask(self, prompts: Sequence[str], *about: object, **sampling) -> list[Reply]:
+        """The replies; their seed is a function of the run's and of what it is about."""
+        if not prompts:
+            return []
+        replies = self.complete(prompts, seed=self.seed_of(*about), **sampling)
+        if len(replies) != len(prompts) or not all(isinstance(r, str) for r in replies):
+            raise BackendError(f"{self.model}: wanted {len(prompts)} texts, one for each prompt")
+        return [r if isinstance(r, Reply) else Reply(r) for r in replies]
+
+    def seed_of(self, *about: object) -> int:
+        return int(digest(self.seed, *about)[:7], 16)  # 28 bits: every server takes them
+
+    def item(self, operator: str, parents: list[dict], prompt: str, fault: str | None,
+             seed: int, **content) -> dict:  # fmt: skip
+        """An entry of the ledger: where an item comes from, what it says, whether it is used.
+
+        Its ancestor is the seed task of the parent that comes first.
+        """
+        names = [parent["id"] for parent in parents]
+        return {
+            "id": digest(operator, names, seed, content),
+            "operator": operator,
+            "parents": names,
+            "ancestor": parents[0].get("ancestor", parents[0]["id"]) if parents else "",
+            "prompt": digest(prompt),
+            "seed": seed,
+            "model": self.model,
+            "verdict": "rejected" if fault else "accepted",
+            "reason": fault or "",
+            **content,
+        }
+
+
+def accepted(items: Iterable[dict]) -> list[dict]:
+    return [item for item in items if item["verdict"] == "accepted"]
+
+
+def refusal(reply: Reply) -> str:
+    """Why the server gave no text; "" where it gave one."""
+    return f"refused: {reply.refused}" if reply.refused else ""
 
 
 def demo() -> None:

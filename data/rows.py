@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -226,7 +227,38 @@ def map_rows(
     return results
 
 
-# 3. Rows to train on: texts, and what the Alpaca repository and fine-tuning services read
+# 3. Tasks as rows: seeds, folds, texts to train on, and files as services read them
+
+
+SEED = {"required": ["id", "instruction", "input", "output", "classification"],
+        "properties": {"id": {"type": "string"}, "instruction": {"type": "string"},
+                       "input": {"type": "string"}, "output": {"type": "string"},
+                       "classification": {"type": "boolean"}}}  # fmt: skip
+
+
+def load_seeds(path: str | Path) -> list[dict]:
+    """Seed tasks: rows that fit SEED. Raises: ValueError that names the row."""
+    seeds = read_rows(path)
+    for number, task in enumerate(seeds, 1):
+        if fault := schema_fault(task, SEED):
+            raise ValueError(f"{path}, row {number}: {fault}")
+    if len({task["id"] for task in seeds}) < len(seeds):
+        raise ValueError(f"{path}: two tasks have the same id")
+    if not seeds:
+        raise ValueError(f"{path}: no tasks; wanted at least one, a JSON object a line")
+    return seeds
+
+
+def grouped_folds(ancestors: Sequence[str], k: int) -> list[int]:
+    """The fold of each item; all that comes from one seed task is in one, so that no test item
+    has a sibling in training. Largest group first into the smallest fold."""
+    sizes, fold_of = [0] * k, {}
+    counts = Counter(ancestors)
+    for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
+        fold_of[name] = sizes.index(min(sizes))
+        sizes[fold_of[name]] += count
+    return [fold_of[name] for name in ancestors]
+
 
 TEMPLATES = {  # a model trained on one form only would depend on it
     True: [

@@ -33,7 +33,7 @@ mlm = importlib.import_module("02_mlm")
 serve, completion = server_tests.serve, server_tests.completion
 
 ROOT = Path(__file__).parent.parent
-SEEDS = si.load_seeds(ROOT / "data" / "seed_tasks.jsonl")
+SEEDS = rows.load_seeds(ROOT / "data" / "seed_tasks.jsonl")
 TEXTS = [task[k] for task in SEEDS for k in ("instruction", "input", "output") if task[k]]
 
 
@@ -66,7 +66,7 @@ def test_malformed_seeds_are_named(tmp_path, line, says):
     path = tmp_path / "seeds.jsonl"
     path.write_text(json.dumps(SEEDS[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=says):
-        si.load_seeds(path)
+        rows.load_seeds(path)
 
 
 @pytest.mark.parametrize("mode", ["self-instruct", "augment"])
@@ -1009,7 +1009,7 @@ def test_formats_of_all_seeds():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=60), st.integers(1, 6))
 def test_folds_keep_families_together_and_are_even(ancestors, k):
-    folds = si.grouped_folds(ancestors, k)
+    folds = rows.grouped_folds(ancestors, k)
     assert all(
         len({f for f, a in zip(folds, ancestors) if a == name}) == 1 for name in set(ancestors)
     )
@@ -1138,7 +1138,7 @@ def test_clean_leaves_out_test_texts_and_near_duplicates(tmp_path):
     assert [(e["parents"], e["reason"].split(":")[0]) for e in ledger.items()] == [
         ([items[1]["id"]], "near duplicate"), ([items[3]["id"]], "in the test set")]  # fmt: skip
     assert si.clean(si.Maker(None, "none", 0, si.Ledger(tmp_path / "m", {})), items, [],
-                    near=False) == items  # fmt: skip
+                    alike=True) == items  # fmt: skip
 
 
 def test_distil_compares_two_students_at_equal_tokens(run_of_06, tmp_path, capsys, monkeypatch):
