@@ -590,7 +590,7 @@ def test_results_add_up(capsys, cache, tmp_path):
 
     # the same three figures from the checkpoint, torch's loss, and one story at a time
     vocabulary = bpe.Vocabulary.load(tmp_path / "run" / "vocabulary.json")
-    config = gpt.GPTConfig(**{**vars(gpt.PRESETS["0.5m"]), "vocab_size": 300, "seq_len": 64})
+    config = gpt.GPTConfig(**{**vars(gpt.PRESETS["tiny"]), "vocab_size": 300, "seq_len": 64})
     model = gpt.GPT(config)
     model.load_state_dict(train.load_checkpoint(tmp_path / "run")["model"])
     drawn = list(stories.corpus(20, seed=1))
@@ -638,7 +638,7 @@ def test_sample_with_another_model_or_a_damaged_vocabulary_is_one_line(capsys, c
     out = tmp_path / "run"
     run(capsys, cache, out, "--max-steps", 5)
     status, _, stderr = run(capsys, cache, out, "--sample", "Once", "--model", "8m")
-    assert status == 2 and "wanted 0.5m, as the run" in stderr and stderr.count("\n") == 1
+    assert status == 2 and "wanted tiny, as the run" in stderr and stderr.count("\n") == 1
     (out / "vocabulary.json").write_text("{}")
     status, _, stderr = run(capsys, cache, out, "--sample", "Once", "--max-steps", 5)
     assert status == 2 and "vocabulary.json is damaged" in stderr and stderr.count("\n") == 1
@@ -689,7 +689,7 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--seed", 10**30], "below 9223372036854775808"),
         (["--beta2", 1], "--beta2 1"),
         (["--temperature", -1], "--temperature -1"),
-        (["--model", "9b"], "one of 27m, 8m, 0.5m"),
+        (["--model", "9b"], "one of 27m, 8m, 0.5m, tiny"),
         (["--preset", "large"], "one of stories, tinystories"),
         (["--schedule", "magic"], "wsd"),
         (["--cooldown", 50], "at most max_steps=40"),
