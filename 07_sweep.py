@@ -35,7 +35,7 @@ Sources: random before grid: Bergstra & Bengio 2012; TPE: Bergstra et al. 2011, 
 (1603.06560); ASHA: Li et al. 2018 (1810.05934), its stopping forms: optuna 5.0.0's pruner and
 ray 2.60's scheduler; median rule: Vizier, Golovin et al. 2017.
 
-Run: `python 07_sweep.py` (158 s of CPU time, most of it in 06_train.py, on an AMD EPYC (Zen 3))
+Run: `python 07_sweep.py` (168 s of CPU time, most of it in 06_train.py, on an AMD EPYC (Zen 3))
 prints, from seed 0,
 
     ASHA over 34 runs of 06_train.py, the best four, nats/token
@@ -1529,7 +1529,7 @@ class Repeated:
 
 # 9. Reports
 
-ENOUGH = 16  # trials to judge importance by: two groups of 8
+ENOUGH = 16  # trials to judge importance by: four groups of 4
 
 
 def importance(study: Study) -> dict[str, float]:
@@ -1552,7 +1552,7 @@ def importance(study: Study) -> dict[str, float]:
         if isinstance(param.kind, Choice):
             group = shares
         else:
-            group = np.argsort(np.argsort(shares)) * min(8, n // 8) // n
+            group = np.argsort(np.argsort(shares)) * min(8, n // 4) // n
         group = np.where(np.isnan(shares), -1, group)  # those without it are a group of their own
         labels = np.unique(group)
         within = sum(((ranks[group == g] - ranks[group == g].mean()) ** 2).sum() for g in labels)
