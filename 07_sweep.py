@@ -1556,7 +1556,8 @@ def importance(study: Study) -> dict[str, float]:
         group = np.where(np.isnan(shares), -1, group)  # those without it are a group of their own
         labels = np.unique(group)
         within = sum(((ranks[group == g] - ranks[group == g].mean()) ** 2).sum() for g in labels)
-        effects[param.label] = max(0.0, 1 - within / total * (n - 1) / (n - len(labels)))
+        free = n - len(labels)  # 0 where each trial has an option to itself
+        effects[param.label] = max(0.0, 1 - within / total * (n - 1) / free) if free else 0.0
     whole = sum(effects.values())
     return {name: e / whole if whole else 0.0 for name, e in effects.items()}
 

@@ -947,6 +947,10 @@ def test_dollars_and_seconds_end_a_study(tmp_path):
 # reports
 
 
+def first(config, budget, folder):
+    return config["x"]
+
+
 def test_importance_finds_what_matters(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
@@ -972,6 +976,13 @@ def test_importance_takes_off_what_chance_explains(tmp_path, monkeypatch):
         s = run(folder, lambda c, budget, folder: c["x"], space=space, trials=64, seed=seed)
         shares.append(sweep.importance(s)["no"])
     assert np.mean(shares) < 0.05
+
+
+def test_importance_is_not_judged_by_a_few_trials_or_by_options_tried_once(tmp_path):
+    space = {"x": Range(0.0, 1.0), "c": Choice(tuple(range(17)))}
+    assert sweep.importance(run(tmp_path / "few", space=space, objective=first, trials=15)) == {}
+    s = run(tmp_path / "s", first, Grid(1), space={"c": space["c"], "x": space["x"]}, trials=17)
+    assert sweep.importance(s)["c"] == 0.0
 
 
 def test_reports_of_an_empty_study(tmp_path):
