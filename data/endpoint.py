@@ -461,7 +461,7 @@ class Ledger:
             self.journal.add([settings])
         elif settings != (old := self.journal.entries[0]):
             names = [k for k in settings | old if old.get(k) != settings.get(k)]
-            raise ValueError(f"{path} has a run with another {', '.join(names)}; use another file")
+            raise ValueError(f"{path} has a run with another {', '.join(names)}; take a new folder")
 
     def step(self, name: str, work: Callable[[], list[dict]]) -> list[dict]:
         """The items of a step: those in the file, or else what work() returns, written there.

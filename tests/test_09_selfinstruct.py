@@ -1139,6 +1139,10 @@ def test_clean_leaves_out_test_texts_and_near_duplicates(tmp_path):
         ([items[1]["id"]], "near duplicate"), ([items[3]["id"]], "in the test set")]  # fmt: skip
     assert si.clean(si.Maker(None, "none", 0, si.Ledger(tmp_path / "m", {})), items, [],
                     alike=True) == items  # fmt: skip
+    silent = [items[0] | {"output": ""}]
+    ledger = si.Ledger(tmp_path / "n", {})
+    assert si.clean(si.Maker(None, "none", 0, ledger), silent, []) == []
+    assert [e["reason"] for e in ledger.items()] == ["content is no text"]  # for a chat file
 
 
 def test_distil_compares_two_students_at_equal_tokens(run_of_06, tmp_path, capsys, monkeypatch):
