@@ -56,7 +56,8 @@ under requests that fit and learned to look back at them, one kind of word after
 under requests of which each word was right 4 times in 10, and learned that it does not pay to look.
 The filter passes the stories in which the words were right, and a model that learns from these
 looks again; as many stories unfiltered change little. Seed 3 goes from 20.0% to 99.5%. How far it
-rises hangs on the base: with an earlier state of the files used here, seeds 0, 3, 4 and 5 ended at 77.0, 51.0, 99.5 and 100.0% (results/selfinstruct.json).
+rises hangs on the base: with an earlier state of the files used here, seeds 0, 3, 4 and 5 ended at
+77.0, 51.0, 99.5 and 100.0% (results/selfinstruct.json).
 
 A filter can only select what is there: it uncovers an ability here, it does not make one. A base
 that was shown mismatched requests from the start stayed at chance, and so did the loop (3.5% to
