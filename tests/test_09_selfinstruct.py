@@ -575,20 +575,25 @@ def child(path):  # in a process of its own, so that a SIGKILL ends nothing else
         test.make(path, test.Script(), wanted=60)
         os._exit(0)
     return pid
-start = time.monotonic()
+def size(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
 os.waitpid(child({whole!r}), 0)
-whole, rng, kills, sizes = time.monotonic() - start, random.Random(0), 0, []
-while True:
-    pid = child({cut!r})
-    if kills < 12:
-        time.sleep(rng.uniform(0, whole / 10))
+rng, kills, sizes = random.Random(0), 0, set()
+while True:  # killed a moment after the file has grown by a random part of what it will be
+    pid, aim = child({cut!r}), size({cut!r}) + rng.uniform(0, size({whole!r}) / 10)
+    ended, status = 0, 0
+    while not ended and size({cut!r}) <= aim:
+        time.sleep(0.0005)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
+        status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status):
         break
     kills += 1
-    sizes.append(os.path.getsize({cut!r}) if os.path.exists({cut!r}) else 0)
-print(kills, len(set(sizes)), os.WEXITSTATUS(status))
+    sizes.add(size({cut!r}))
+print(kills, len(sizes), os.WEXITSTATUS(status))
 """
 
 
@@ -599,7 +604,7 @@ def test_ledger_survives_sigkill_at_random_moments(tmp_path):
                           timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     kills, places, status = map(int, done.stdout.split())
-    assert kills >= 12 and places >= 3 and status == 0
+    assert kills >= 3 and places >= 3 and status == 0
     assert Path(cut).read_bytes() == Path(whole).read_bytes()
 
 
