@@ -391,8 +391,10 @@ CONFIGS = {
 
 
 def _constants(name: str, dtype: torch.dtype, D: int, hopper: bool) -> dict:
-    row = "float32" if dtype == torch.float32 else "hopper" if hopper else "other"
+    row = "hopper" if hopper else "other"
     row = "hopper, D 128" if row == "hopper" and D > 64 else row
+    if dtype == torch.float32 and not INTERPRETED:  # which has no registers, and is slow by tile
+        row = "float32"
     BM, BN, warps, stages = CONFIGS[row][name]
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     # the interpreter multiplies the bit patterns of bfloat16 as if they were integers
