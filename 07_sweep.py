@@ -15,12 +15,15 @@ A trial is one choice of values and what came of it. Three questions are asked a
     what is known so far?   the store    one JSON line for each fact, appended, never changed
 
 TPE splits the trials into the best tenth and the rest, lays a density over each, l and g, draws
-from l and takes the draw with the largest l/g. Successive halving gives n trials a small budget b,
-the best n/eta of them eta b, and so on; Hyperband does so for several b; ASHA does not wait until
-all n are there. Everything that is decided follows from the store and the study's seed, so that a
-study killed at any byte goes on as if nothing had happened, and for grid, random and Sobol any
-number of workers tries the same points. For TPE that holds up to --delay workers where every trial
-is trained to the end; with early stopping it depends on who comes first.
+from l and takes the draw with the largest l/g. (On a synthetic objective of four parameters the
+best of 60 trials is 0.068 at random, 0.054 with Sobol and 0.014 with TPE, medians of 150 seeds, by
+tests/test_07_sweep.py.) Successive halving gives n trials a small budget b, the best n/eta of them
+eta b, and so on; Hyperband does so for several b; ASHA does not wait until all n are there.
+
+Everything that is decided follows from the store and the study's seed, so that a study killed at
+any byte goes on as if nothing had happened, and for grid, random and Sobol any number of workers
+tries the same points. For TPE that holds up to --delay workers where every trial is trained to the
+end; with early stopping it depends on who comes first.
 
 Under any rule but "none" runs of 06_train.py are made longer step by step, so that their schedule
 has to be "constant", and that is what they get; the command printed at the end trains the best
