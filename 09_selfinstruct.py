@@ -331,6 +331,8 @@ def instruction_prompt(shots: list[dict]) -> str:
 def read_instructions(reply: Reply) -> list[dict]:
     """The tasks of a numbered list that begins in the middle of a line."""
     texts = re.split(r"\n\s*\d+\s?[.)]\s*", "\n0. " + reply)[1:]
+    if reply.cut:  # and the last of them with it
+        texts.pop()
     return [{"instruction": " ".join(text.split())} for text in texts if text.strip()]
 
 
@@ -656,7 +658,10 @@ def evolve(maker: Maker, tasks: list[dict], rounds: int = ROUNDS, batch: int = 3
         replies = maker.ask(prompts, name, "evolve", **hot)
         texts = [reply.strip() for reply in replies]
         outputs = maker.ask([f"{t}\n\nAnswer:" for t in texts], name, "answer", **hot)
-        refusals = [refusal(one) or refusal(two) for one, two in zip(replies, outputs)]
+        cut = ["cut off" if one.cut or two.cut else "" for one, two in zip(replies, outputs)]
+        refusals = [
+            refusal(one) or refusal(two) or end for one, two, end in zip(replies, outputs, cut)
+        ]
         compare = [equal_prompt(task["instruction"], t) for task, t in zip(some, texts)]
         verdicts = maker.ask(compare, name, "equal", temperature=0.0, max_tokens=4)
         return [
@@ -825,12 +830,12 @@ def rewrite(maker: Maker, texts: Sequence[str], through: str | None = None) -> l
     ways = ["Say the following in other words, keeping its meaning."]
     if through:
         ways = [f"Translate the following into {through}.", "Translate the following into English."]
-    now = list(texts)
+    now = dict(enumerate(texts))
     for way in ways:
-        prompts = [f"{way} Write nothing else.\n\n{text}\n\n" for text in now]
+        prompts = [f"{way} Write nothing else.\n\n{text}\n\n" for text in now.values()]
         replies = maker.ask(prompts, "rewrite", way, temperature=0.7, max_tokens=512)
-        now = ["" if reply.cut else reply.strip() for reply in replies]
-    return [new or old for new, old in zip(now, texts)]
+        now = {i: r.strip() for i, r in zip(now, replies) if r.strip() and not r.cut}
+    return [now.get(i, text) for i, text in enumerate(texts)]
 
 
 def augment(maker: Maker, tasks: list[dict], languages: Sequence[str] = ()) -> list[dict]:

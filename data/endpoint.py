@@ -5,7 +5,8 @@
 
 Every answer goes into a file before it is used, under a digest of the server's address and the
 request, and a request that stands there is not sent again, in this process or a later one. A
-budget in tokens and dollars holds over restarts. Up to `concurrency` requests are under way;
+budget in tokens and dollars holds over restarts; only what a killed process had under way is not
+counted. Up to `concurrency` requests are under way;
 what may be over the next time (429, 5xx, a lost connection) is tried again, after 1, 2, 4 ...
 seconds or as long as Retry-After says, and what may have been billed three times at most. A prompt
 that the server refuses to answer is an answer too: a reply with `refused`, the others go on.
@@ -58,6 +59,7 @@ except ImportError:  # Windows: two processes must not use one file there
 
 BILLED_TRIES = 3  # of a request whose answers may have been billed, but did not come whole
 LOCAL = ("localhost", "127.0.0.1", "::1")
+REFUSED = ("content_filter", "context_length_exceeded")  # what a status 400 says of one prompt
 
 
 class BackendError(Exception):
@@ -84,7 +86,7 @@ def digest(*parts: object) -> str:
 
 def estimated_tokens(text: str) -> int:
     """Tokens of a text by its length: English has about four bytes a token."""
-    return math.ceil(len(text.encode()) / 4)
+    return math.ceil(len(text.encode(errors="replace")) / 4)
 
 
 class Journal:
@@ -111,7 +113,7 @@ class Journal:
     def catch_up(self, file) -> None:
         """Reads what stands in the file behind what is known."""
         file.seek(self.size)
-        data, at, group = file.read(), 0, []
+        data, at, whole, group = file.read(), 0, 0, []  # whole: bytes of complete groups
         for line in data.splitlines(keepends=True):
             at += len(line)
             try:
@@ -126,16 +128,21 @@ class Journal:
                 break
             if entry.get("last") and line.endswith(b"\n"):
                 self.entries += group
-                self.size, at, data, group = self.size + at, 0, data[at:], []
+                whole, group = at, []
+        if self.size + whole == 0 and group:
+            # perhaps no file of ours at all: what is cut off stays beside it
+            self.path.with_name(self.path.name + ".cut").write_bytes(data)
+        self.size += whole
         file.truncate(self.size)
 
     def add(self, entries: list[dict]) -> None:
+        # a lone surrogate, which JSON can hold, is written as its escape
         lines = [json.dumps(e, ensure_ascii=False) for e in entries[:-1]]
         lines.append(json.dumps(entries[-1] | {"last": True}, ensure_ascii=False))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.locked() as file:
             self.catch_up(file)
-            file.write(("\n".join(lines) + "\n").encode())
+            file.write(("\n".join(lines) + "\n").encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
             self.size = file.tell()
@@ -244,7 +251,9 @@ class Endpoint:
         longest_wait: float = 120.0,
     ):
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        if parts.username or parts.password:
+            raise BackendError("a user or password in the server's address: name a key's variable")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BackendError(f"{url}: wanted a server such as https://HOST/v1")
         local, open_line = parts.hostname in LOCAL, parts.scheme == "http"
         self.key_variable = key_variable
@@ -257,21 +266,29 @@ class Endpoint:
             )
         if self.key_variable and not self.key() and not (open_line and key_variable is None):
             raise BackendError(f"{url}: no key in the environment as {self.key_variable}")
+        if not self.key().isascii() or not self.key().isprintable():
+            raise BackendError(f"the key in {self.key_variable} has characters that no key has")
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.limits, self.concurrency, self.timeout = limits or Limits(), concurrency, timeout
         self.tries, self.first_wait, self.longest_wait = tries, first_wait, longest_wait
-        self.journal = Journal(cache)
-        self.cached = {entry["key"]: entry for entry in self.journal.entries}
+        self.journal, self.cached = Journal(cache), {}
         self.spent, self.reserved = [0, 0], [0, 0]  # tokens in and out; reserved: under way
-        for entry in self.journal.entries:  # a budget holds over restarts
-            self.spent[0] += entry["in"]
-            self.spent[1] += entry["out"]
+        self.known = 0  # entries of the file that are counted in `spent`
+        self.count()
         self.changed = threading.Condition()  # of all the above
         handlers = [AnyStatus] + ([urllib.request.ProxyHandler({})] if local else [])
         self.opener = urllib.request.build_opener(*handlers)
 
     def key(self) -> str:
-        return os.environ.get(self.key_variable, "") if self.key_variable else ""
+        return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
+
+    def count(self) -> None:
+        """Takes what is new in the file into account, whoever has written it."""
+        for entry in self.journal.entries[self.known :]:
+            self.spent = [self.spent[0] + entry["in"], self.spent[1] + entry["out"]]
+            if "text" in entry:  # else: an answer that was lost, and may have been billed
+                self.cached[entry["key"]] = entry
+        self.known = len(self.journal.entries)
 
     @property
     def tokens(self) -> int:
@@ -315,23 +332,18 @@ class Endpoint:
         """The server's answer, after as many tries as it takes, written into the cache."""
         for attempt in range(1, self.tries + 1):
             most = self.reserve(body, stopped)
-            cost = most  # until it is known: an answer that is lost may have been billed
+            entry = {"key": key, "in": most[0], "out": most[1]}  # if the answer should be lost
             try:
                 entry = {"key": key, **self.ask(body)}
-                cost = entry["in"], entry["out"]
-                with self.changed:
-                    known = len(self.journal.entries)
-                    self.journal.add([entry])  # and reads what other processes have added
-                    self.cached |= {e["key"]: e for e in self.journal.entries[known:]}
                 return entry
             except Retry as error:
                 failure = error
-                cost = most if error.billed else (0, 0)
+                entry = entry if error.billed else None
             except BackendError:
-                cost = 0, 0
+                entry = None
                 raise
             finally:
-                self.settle(most, cost)
+                self.settle(most, entry)
             self.wait(failure, attempt, stopped)
         raise AssertionError("the last try returns, or `wait` raises")
 
@@ -356,7 +368,8 @@ class Endpoint:
 
     def reserve(self, body: dict, stopped: threading.Event) -> tuple[int, int]:
         """Sets aside the most that a request can cost: a token has at least one byte."""
-        most = 16 + len(body["messages"][0]["content"].encode()), body["max_tokens"]
+        text = body["messages"][0]["content"].encode(errors="replace")
+        most = 16 + len(text), body["max_tokens"]
         with self.changed:
             while not stopped.is_set():
                 if above := self.above(self.spent, most):
@@ -370,12 +383,16 @@ class Endpoint:
                 self.changed.wait(0.1)  # those under way will have cost less, mostly
         raise Stopped
 
-    def settle(self, most: tuple[int, int], cost: tuple[int, int]) -> None:
-        """Takes back what was set aside, and counts what was spent."""
+    def settle(self, most: tuple[int, int], entry: dict | None) -> None:
+        """Takes back what was set aside, and writes down what came of it, or was lost."""
         with self.changed:
             self.reserved = [a - b for a, b in zip(self.reserved, most)]
-            self.spent = [a + b for a, b in zip(self.spent, cost)]
-            self.changed.notify_all()
+            try:
+                if entry is not None:
+                    self.journal.add([entry])  # and reads what other processes have added
+                    self.count()
+            finally:
+                self.changed.notify_all()
 
     def ask(self, body: dict) -> dict:
         """One request. Raises: Retry, BackendError."""
@@ -395,11 +412,12 @@ class Endpoint:
             data = b""  # the status says enough
         if response.status == 200:
             return self.read(data, body)
-        text = data[:200].decode(errors="replace")
-        if response.status == 400 and "content_filter" in text:  # of this prompt, not of others
-            return {"text": "", "cut": False, "refused": "content_filter", "in": 0, "out": 0}
-        reason = f"status {response.status}: {text!r}"
-        reason = reason.replace(self.key() or "\0", "[key]")  # servers repeat keys they refuse
+        text = data.decode(errors="replace")
+        for reason in REFUSED if response.status == 400 else ():  # of this prompt, not of others
+            if reason in text:
+                return {"text": "", "cut": False, "refused": reason, "in": 0, "out": 0}
+        text = text.replace(self.key() or "\0", "[key]")  # servers repeat keys they refuse
+        reason = f"status {response.status}: {text[:200]!r}"
         if response.status in (408, 429) or response.status >= 500:
             wait = retry_after(response.headers.get("Retry-After"))
             raise Retry(reason, wait, billed=response.status == 504)

@@ -79,7 +79,8 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; at every instant the old file or the new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
+    # a lone surrogate, which JSON can hold, is written as its escape
+    with open(part, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -116,11 +117,16 @@ def check_schema(schema: object, at: str = "schema") -> None:
         raise ValueError(f"{at}: wanted an object, got {schema!r}")
     kinds = schema.get("type", [])
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if unknown := sorted(schema.keys() - RULES) or [k for k in kinds if k not in TYPES]:
+    known = list(TYPES)
+    if unknown := sorted(schema.keys() - RULES) or [k for k in kinds if k not in known]:
         raise ValueError(f"{at}: {unknown[0]!r} is not among {', '.join([*RULES, *TYPES])}")
     for name, rule in schema.items():
         if not isinstance(rule, RULES[name]):
             raise ValueError(f"{at}.{name}: {rule!r} is of a wrong type")
+    if not all(isinstance(name, str) for name in schema.get("required", [])):
+        raise ValueError(f"{at}.required: wanted names, got {schema['required']!r}")
+    if schema.get("type") == []:
+        raise ValueError(f"{at}.type: wanted at least one of {', '.join(TYPES)}")
     for name, part in schema.get("properties", {}).items():
         check_schema(part, f"{at}.{name}")
     for name in ("items", "additionalProperties"):
@@ -174,7 +180,8 @@ def fill(template: str, row: dict) -> str:
         x = row[match[1]]
         return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
 
-    return re.sub(r"\{(\w[\w .-]*)\}", value, template)
+    names = "|".join(re.escape(str(name)) for name in row)  # whatever signs they have
+    return re.sub(rf"\{{({names}|\w[\w .-]*)\}}", value, template)
 
 
 def fill_all(template: str, rows: Sequence[dict]) -> list[str]:
@@ -219,7 +226,9 @@ def map_rows(
     """
     check_schema(schema)
     prompts, results = fill_all(template, rows), []
-    replies = complete(prompts, temperature=0.0, max_tokens=ANSWER_TOKENS)
+    replies = list(complete(prompts, temperature=0.0, max_tokens=ANSWER_TOKENS))
+    if len(replies) != len(rows):
+        raise ValueError(f"{len(replies)} replies to {len(rows)} prompts")
     for row, prompt, reply in zip(rows, prompts, replies):
         answer, fault = read_answer(reply, schema)
         results.append({"row": row, "prompt": prompt, "answer": str(reply) if fault else answer,

@@ -1352,3 +1352,16 @@ def test_experiment_without_a_single_good_story_says_so(tmp_path, capsys, monkey
     assert si.main(argv) == 2  # goes on from the base model and the ledger
     assert "no story has passed" in capsys.readouterr().err
     assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
+
+
+def test_what_was_cut_off_is_not_taken_for_a_task(tmp_path):
+    cut = si.Reply("Name a river.\n4. Write a poem about the", cut=True)
+    assert [t["instruction"] for t in si.read_instructions(cut)] == ["Name a river."]
+    task = {"id": "a", "instruction": "Name a river.", "input": "", "output": "The Rhine."}
+
+    def model(prompts, **sampling):
+        return [si.Reply("Name a river and say where it ends, in the", cut=True) for _ in prompts]
+
+    maker = si.Maker(model, "none", 0, si.Ledger(tmp_path / "l", {}))
+    assert si.evolve(maker, [task | {"ancestor": "a"}], rounds=1) == []
+    assert [e["reason"] for e in maker.ledger.items()] == ["cut off"]

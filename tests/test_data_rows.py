@@ -197,3 +197,23 @@ def test_file_works_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     shown = rows.__doc__[rows.__doc__.index("    apple ") :]
     assert done.stdout.splitlines() == [line.strip() for line in shown.splitlines()]
+
+
+@pytest.mark.parametrize("schema", [{"type": {"a": 1}}, {"required": [["a"]]}, {"type": []}])
+def test_odd_schemas_are_refused_before_anything_is_asked(schema):
+    with pytest.raises(ValueError, match="schema"):
+        rows.check_schema(schema)
+
+
+def test_fill_takes_columns_with_any_signs():
+    assert rows.fill("{Price (EUR)} {a}", {"Price (EUR)": 3, "a": "x"}) == "3 x"
+
+
+def test_map_rows_refuses_a_model_that_drops_replies():
+    with pytest.raises(ValueError, match="1 replies to 2 prompts"):
+        rows.map_rows(lambda prompts, **_: ["1"], [{"a": 1}, {"a": 2}], "{a}", {})
+
+
+def test_write_rows_keeps_a_lone_surrogate(tmp_path):
+    rows.write_rows(tmp_path / "x.jsonl", [{"a": "\ud83d"}])
+    assert rows.read_rows(tmp_path / "x.jsonl") == [{"a": "\ud83d"}]

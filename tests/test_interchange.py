@@ -494,7 +494,7 @@ def test_compare_memory_is_that_of_a_process_alone(setting):
         (["SMOL", "NANO", "--losses", "9", "--train", "none", "--val", "b"], "none: no such file"),
         (["SMOL", "NANO", "--losses", "9", "--train", "NANO", "--val", "b"], "NANO: no such file"),
         (["SMOL", "NANO", "--losses", "9", "--train", "TEXT", "--val", "TEXT"], "TEXT: no <|endof"),
-        (["SMOL", "NANO", "--rows", "0"], "--steps 1 --rows [0]: wanted 0 and 1 at least"),
+        (["SMOL", "NANO", "--rows", "0"], "--steps 1 --rows [0] --losses None: wanted 0, 1, 1 up"),
         (["SMOL", "NANO", "--json", "no/where"], "--json no/where: there is no such folder"),
     ],
 )
