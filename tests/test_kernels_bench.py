@@ -308,7 +308,7 @@ def test_the_whole_program_with_a_fake_clock(gpu, monkeypatch, capsys):
         "KERNELS",
         (*kernels[:swiglu], replace(kernels[swiglu], ours=doubled), *kernels[swiglu + 1 :]),
     )
-    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(bench, "ROUNDS", 3)
     monkeypatch.setattr(bench, "REPEATS", 2)
     monkeypatch.setattr(bench, "liger", None)
     monkeypatch.setattr(bench, "COMPILE", bench.COMPILE | {"backend": "aot_eager"})  # seconds less
