@@ -65,7 +65,7 @@ def broken(tmp_path_factory):
     return faults.Faults(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_train_killed_at_random_moments_gives_the_same_numbers(seed, broken):
     broken.kills(seed, times=7)
 
