@@ -276,6 +276,7 @@ class Endpoint:
         self.known = 0  # entries of the file that are counted in `spent`
         self.count()
         self.changed = threading.Condition()  # of all the above
+        self.under_way: dict[str, threading.Lock] = {}  # by the request's key
         handlers = [AnyStatus] + ([urllib.request.ProxyHandler({})] if local else [])
         self.opener = urllib.request.build_opener(*handlers)
 
@@ -321,8 +322,11 @@ class Endpoint:
     def answer(self, body: dict, stopped: threading.Event) -> Reply:
         """The reply to one request: from the cache, or from the server and then in the cache."""
         key = digest(self.url, body)
+        with self.changed:
+            one_at_a_time = self.under_way.setdefault(key, threading.Lock())
         try:
-            entry = self.cached.get(key) or self.fetch(key, body, stopped)
+            with one_at_a_time:  # the same request of another thread waits for this answer
+                entry = self.cached.get(key) or self.fetch(key, body, stopped)
         except BaseException:
             stopped.set()  # at once: the next in the queue need not begin
             raise

@@ -468,3 +468,18 @@ def test_too_long_a_prompt_is_refused_and_the_others_go_on(serve, tmp_path):
     server = serve([(400, {}, b'{"code": "context_length_exceeded"}')], reply=reply)
     replies = endpoint(server, tmp_path, concurrency=1)(["long", "short"])
     assert replies == ["", "fine"] and replies[0].refused == "context_length_exceeded"
+
+
+def test_the_same_request_of_two_threads_is_sent_once(serve, tmp_path):
+    def slow(body):
+        time.sleep(0.3)
+        return completion("fine")
+
+    server = serve(reply=slow)
+    model, replies = endpoint(server, tmp_path), []
+    threads = [threading.Thread(target=lambda: replies.append(model(["a"]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert replies == [["fine"]] * 3 and len(server.seen) == 1

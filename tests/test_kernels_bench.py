@@ -301,7 +301,7 @@ def small_table(kernels, timed=2):
 @no_gpu
 def test_the_whole_program_with_a_fake_clock(gpu, monkeypatch, capsys):
     """Every kernel, every program: each that this machine has runs, the others become lines."""
-    kernels = small_table(bench.KERNELS, timed=1)
+    kernels = small_table([replace(k, dtypes=k.dtypes[-1:]) for k in bench.KERNELS], timed=1)
     swiglu = [k.name for k in kernels].index("swiglu")
     monkeypatch.setattr(
         bench,
