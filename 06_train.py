@@ -49,15 +49,16 @@ CPU preset has beta2 0.98); decay on matrices only: nanoGPT; Muon: see 10_muon.p
 warmup-stable-decay: MiniCPM (Hu et al. 2024, 2404.06395); TinyStories: Eldan & Li 2023
 (2305.07759).
 
-Run: `python 06_train.py` (CPU, 145 s on 2 cores of an AMD EPYC (Zen 3), float32) ends with
+Run: `python 06_train.py` (CPU, 2 cores of an AMD EPYC (Zen 3), float32; 145 s alone, 210 s in this
+run, which had another program beside it) ends with
 
-    val_nats: 0.3722338103227721
+    val_nats: 0.3706463256334088
     floor_nats: 0.2867901733419835
-    val_bpb: 0.1554449148704091
+    val_bpb: 0.1547819809413762
     tokens: 1266881
-    seconds: 144.503632552005
-    tokens_per_second: 9482.82064758704
-    peak_memory_gb: 0.504926208
+    seconds: 210.37952281400067
+    tokens_per_second: 6532.734669744513
+    peak_memory_gb: 0.527290368
     parameters: 459520
 """
 
