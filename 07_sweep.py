@@ -419,7 +419,8 @@ def space_from_flag(flag: str) -> dict:
             options: dict = {}
             for part in parts[2:]:
                 key, _, value = part.partition("=")
-                check(key in ("log", "step"), "--tune", flag, "log or step=S after NAME=LOW:HIGH:")
+                known = part == "log" or (key == "step" and value)
+                check(bool(known), "--tune", flag, "log or step=S after NAME=LOW:HIGH:")
                 options[key] = number_or_text(value) if key == "step" else True
             return {name: Range(*ends, **options)}
         if "," in text:

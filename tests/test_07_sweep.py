@@ -1422,3 +1422,9 @@ if __name__ == "__main__":
         }
         print(json.dumps(measured[part], indent=2))
         results.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("end", ["log=false", "step", "step=", "logs"])
+def test_half_a_flag_is_refused(end):
+    with pytest.raises(sweep.SweepError, match="log or step=S"):
+        sweep.space_from_flag(f"x=1:10:{end}")
