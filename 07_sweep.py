@@ -1159,9 +1159,13 @@ def describe(thing) -> object:
 def differences(old, new, name: str = "") -> list[str]:
     """Where two descriptions differ, a line for each field."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if name.startswith(".space") and old.keys() == new.keys() and list(old) != list(new):
+            order = ", ".join(old)  # points of a grid and random ones are numbered by it
+            return [f"the order in {name[1:]} is {order}, not {', '.join(new)}"]
         both = ((old.get(key), new.get(key), f"{name}.{key}") for key in {**old, **new})
         return [line for three in both for line in differences(*three)]
-    return [] if old == new else [f"{name[1:]} is {old!r}, not {new!r}"]
+    same = old == new and json.dumps(old) == json.dumps(new)  # 0, 0.0 and False are three things
+    return [] if same else [f"{name[1:]} is {old!r}, not {new!r}"]
 
 
 class Study:

@@ -1428,3 +1428,13 @@ if __name__ == "__main__":
 def test_half_a_flag_is_refused(end):
     with pytest.raises(sweep.SweepError, match="log or step=S"):
         sweep.space_from_flag(f"x=1:10:{end}")
+
+
+@pytest.mark.parametrize("old, new", [
+    ({"a": [1, 2], "b": [3]}, {"b": [3], "a": [1, 2]}),
+    ({"a": {"low": 0.0}}, {"a": {"low": 0}}),
+    ({"a": [0]}, {"a": [False]}),
+])  # fmt: skip
+def test_spaces_that_number_their_points_otherwise_differ(old, new):
+    assert sweep.differences({"space": old}, {"space": old}) == []
+    assert len(sweep.differences({"space": old}, {"space": new})) == 1
