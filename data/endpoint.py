@@ -129,7 +129,7 @@ class Journal:
             if entry.get("last") and line.endswith(b"\n"):
                 self.entries += group
                 whole, group = at, []
-        if self.size + whole == 0 and group:
+        if self.size + whole == 0 and data:
             # perhaps no file of ours at all: what is cut off stays beside it
             self.path.with_name(self.path.name + ".cut").write_bytes(data)
         self.size += whole

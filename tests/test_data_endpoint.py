@@ -454,8 +454,9 @@ def test_a_lone_surrogate_is_paid_once_and_kept(serve, tmp_path):
     assert len(server.seen) == 1
 
 
-def test_journal_keeps_what_it_cuts_off_a_file_that_is_no_journal(tmp_path):
-    path, text = tmp_path / "mine.jsonl", '{"a": 1}\n{"a": 2}\n'
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', "a letter"])
+def test_journal_keeps_what_it_cuts_off_a_file_that_is_no_journal(text, tmp_path):
+    path = tmp_path / "mine.jsonl"
     path.write_text(text)
     assert client.Journal(path).entries == []
     assert (tmp_path / "mine.jsonl.cut").read_text() == text
