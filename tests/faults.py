@@ -5,7 +5,7 @@ outside, and lets it go on with --resume. It has survived when the numbers that 
 weights, moments) are bit for bit those of a run that nothing disturbed; where the disturbance has
 to end the run, that must be said in one line with exit status 2, before it is resumed.
 
-    python tests/faults.py [--kills 100] [--tries 10] [--json FILE]     about 20 minutes on 2 cores
+    python tests/faults.py [--kills 100] [--tries 10] [--json FILE]     (time not yet measured)
 
 `tests/test_06_train.py` tries each fault once or twice.
 """
