@@ -93,7 +93,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -338,6 +338,7 @@ class Space:
     def _add(self, tree: dict, prefix: str, when: tuple) -> None:
         for name, kind in tree.items():
             check(isinstance(name, str) and name, "name", name, "a text")
+            check(name != "class" or not isinstance(kind, str), "class", kind, "another name")
             full = prefix + name
             if isinstance(kind, dict):
                 self._add(kind, full + ".", when)
@@ -1519,7 +1520,7 @@ class Repeated:
 
     objective: Objective
     name: str
-    values: tuple
+    values: Sequence
 
     def __call__(self, chosen: dict, budget: int, folder: Path) -> Iterator[Report]:
         by_step: dict[int, list[Report]] = {}
@@ -1866,11 +1867,12 @@ def make_objective(settings: argparse.Namespace, space: Space, rule: Full | ASHA
 
 
 def rebuilt(stored):
-    """What `describe` was given; a function stays its name."""
-    if isinstance(stored, dict):
-        values = {name: rebuilt(value) for name, value in stored.items()}
-        return STORED[values.pop("class")](**values) if "class" in values else values
-    return tuple(map(rebuilt, stored)) if isinstance(stored, list) else stored
+    """What `describe` was given; a function stays its name, and a tuple is a list."""
+    if not isinstance(stored, dict):
+        return stored
+    values = {name: rebuilt(value) for name, value in stored.items()}
+    made = isinstance(stored.get("class"), str)  # else it is a parameter's name, or an option's
+    return STORED[values.pop("class")](**values) if made else values
 
 
 def make_study(settings: argparse.Namespace) -> Study:

@@ -235,6 +235,7 @@ def test_space_from_json_and_from_flags_equal_python():
         (lambda: Limits(tokens=math.nan), "tokens=nan"),
         (lambda: Space({"a": 1, "a.b": Range(0, 1)}), "'a.b' and 'a': one is a value"),
         (lambda: Space({3: Range(0, 1)}), "name=3"),
+        (lambda: Space({"x": Range(0, 1), "class": "a"}), "class='a': wanted another name"),
         (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": 3}}), "c: then=3"),
         (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": {"a": 3}}}), "c: then=3"),
         (lambda: sweep.space_from_json({"c": {"choice": 3}}), "c: choice=3: wanted a list"),
@@ -1129,6 +1130,19 @@ def test_report_and_resume_need_no_flags_but_the_folder(tmp_path, capsys):
     assert sweep.main([*out, "--report"]) == 0
     assert sweep.main([*out, "--resume"]) == 2
     assert "bowl is a function" in capsys.readouterr().err
+
+
+def test_a_resumed_space_is_the_one_that_was_given(tmp_path):
+    """Lists stay lists, and a parameter, a group or an option may be called class."""
+    text = """{"class": {"choice": ["class", 3], "then": {"class": {"x": {"low": 0, "high": 9}}}},
+        "model": {"class": {"y": {"low": 0.0, "high": 1.0}}, "betas": [0.9, [0.95, {"class": 1}]]}}
+        """
+    space = Space(sweep.space_from_json(json.loads(text)))
+    run(tmp_path / "s", sweep.Command("echo", "loss"), space=space, trials=1)
+    out = ["--out", str(tmp_path / "s"), "--resume"]
+    again = sweep.make_study(sweep.read_flags(out)).space
+    assert again.tree == space.tree and again.params == space.params
+    assert again.config({}) == {"model": {"betas": [0.9, [0.95, {"class": 1}]]}}
 
 
 def test_a_study_without_any_value_ends_with_status_1(tmp_path, capsys):
