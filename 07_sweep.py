@@ -299,6 +299,11 @@ class Choice:
         return list(self.options)
 
 
+def outermost(kind) -> tuple:
+    """Both ends of a Range, all options of a Choice, or a constant."""
+    return (kind.low, kind.high) if isinstance(kind, Range) else getattr(kind, "options", (kind,))
+
+
 @dataclass(frozen=True)
 class Param:
     """A leaf of the space. It exists where all (name, option) pairs in `when` have been chosen."""
@@ -1606,9 +1611,8 @@ def share_of(param: Param, trial: Trial) -> float:
 
 
 def ends(param: Param) -> tuple[str, str]:
-    kind = param.kind
-    both = kind.options if isinstance(kind, Choice) else (kind.low, kind.high)
-    return show(both[0]), show(both[-1])
+    values = outermost(param.kind)
+    return show(values[0]), show(values[-1])
 
 
 def parallel(study: Study, width: int = 41) -> str:
@@ -1814,26 +1818,32 @@ def read_space(settings: argparse.Namespace) -> Space:
     return Space(tree)
 
 
+# 06's fields but those that change no value, or make of it that of another text or in another unit
+TUNABLE = {f.name for f in fields(training.Config)} - training.BRANCH_MAY_CHANGE
+TUNABLE = TUNABLE - {"data", "vocab_size"} | {"schedule", "cooldown"}
+
+
 def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyperband) -> Train:
     """06_train.py as an objective, if it knows every name and the schedule allows the rule."""
-    known = {f.name for f in fields(training.Config)} - {"out", "resume", "branch", "max_steps"}
-    for name in (p.name for p in (*space.params, *space.constants)):
-        near = difflib.get_close_matches(name, known, n=1)
+    tried: dict[str, list] = {}
+    for param in (*space.params, *space.constants):
+        name, near = param.name, difflib.get_close_matches(param.name, TUNABLE, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        if name not in known:
+        if name not in TUNABLE:
             raise SweepError(f"--tune {name}: 06_train.py has no such field to choose{hint}")
+        tried.setdefault(name, []).extend(outermost(param.kind))
     given = {"samples": 0} | training.read_flags(flags)
-    first = rule.budgets(0)[0]
     if type(rule) is not Full:
         given = {"schedule": "constant"} | given
-        check(given["schedule"] == "constant", "--schedule", given["schedule"],
-              "constant, because early stopping makes runs longer step by step")  # fmt: skip
-    config = vars(training.resolve(given))
-    warmups = [p.kind.high for p in space.params
-               if p.name == "warmup_steps" and isinstance(p.kind, Range)]  # fmt: skip
-    warmup = max(warmups, default=config["warmup_steps"])
-    check(warmup <= first, "warmup_steps", warmup, f"at most the first rung, {first} steps")
-    return Train({name: value for name, value in config.items() if name in known - {"seed"}})
+        for name in (given["schedule"], *tried.get("schedule", [])):
+            check(name == "constant", "schedule", name,
+                  "constant, because early stopping makes runs longer step by step")  # fmt: skip
+    config, first = vars(training.resolve(given)), rule.budgets(0)[0]
+    for warmup in tried.get("warmup_steps", [config["warmup_steps"]]):
+        good = isinstance(warmup, int) and warmup <= first
+        check(good, "warmup_steps", warmup, f"at most the first rung, {first} steps")
+    place = {"out", "resume", "branch", "max_steps", "seed"}  # of each trial
+    return Train({name: value for name, value in config.items() if name not in place})
 
 
 def command_objective(
