@@ -336,17 +336,19 @@ class Space:
         self.tree = tree
         self.params: list[Param] = []
         self.constants: list[Param] = []
-        self._add(tree, "", ())
+        self.always = self._add(tree, "", ())
         if not self.params:
             raise SweepError("the space is empty: wanted at least one Range or Choice")
 
-    def _add(self, tree: dict, prefix: str, when: tuple) -> None:
+    def _add(self, tree: dict, prefix: str, when: tuple) -> set[str]:
+        """Notes the leaves of a tree; returns the names that exist whatever is chosen."""
+        always = set()
         for name, kind in tree.items():
             check(isinstance(name, str) and name, "name", name, "a text")
             check(name != "class" or not isinstance(kind, str), "class", kind, "another name")
             full = prefix + name
             if isinstance(kind, dict):
-                self._add(kind, full + ".", when)
+                always |= self._add(kind, full + ".", when)
                 continue
             leaf = Param(full, kind, when)
             for other in (*self.params, *self.constants):
@@ -356,8 +358,12 @@ class Space:
                 if any(long.startswith(f"{short}.") for long, short in pairs):
                     raise SweepError(f"{full!r} and {other.name!r}: one is a value, not a group")
             (self.params if isinstance(kind, (Range, Choice)) else self.constants).append(leaf)
-            for option, more in getattr(kind, "then", {}).items():
-                self._add(more, prefix, (*when, (full, option)))
+            always.add(full)
+            then = getattr(kind, "then", {})
+            more = [self._add(then[option], prefix, (*when, (full, option))) for option in then]
+            if more and len(more) == len(kind.options):
+                always |= set.intersection(*more)
+        return always
 
     def pick(self, values: Callable[[int, Param], object]) -> dict:
         """{name: value} of the leaves that exist, parents first."""
@@ -1465,12 +1471,22 @@ MORTAL = """exec 3<&0 </dev/null
 exec "$@" 3<&-"""
 
 
+def words_of(config: dict, above: str = "--") -> list[str]:
+    """A configuration as words of a command line: --lr 0.1 --model.width 64."""
+    words = []
+    for name, value in config.items():
+        nested = isinstance(value, dict)
+        words += words_of(value, f"{above}{name}.") if nested else [above + name, str(value)]
+    return words
+
+
 @dataclass(frozen=True)
 class Command:
     """What a program prints as `key: NUMBER`, the last time.
 
-    template: its command line, with {name} for a chosen value, {seed}, {budget} and {folder}. It is
-    no shell's, but starts by way of sh, so there has to be one.
+    template: its command line, with {name} for a chosen value, {seed}, {budget} and {folder}. The
+    word {args} becomes words --NAME VALUE for all that there is but the seed; within a longer word
+    they are quoted for a shell. It is no shell's, but starts by way of sh, so there has to be one.
     """
 
     template: str
@@ -1490,7 +1506,8 @@ class Command:
         return {name for word in self.parsed() for _, name, _, _ in word if name is not None}
 
     def __call__(self, chosen: dict, budget: int, folder: Path) -> float:
-        values = {**chosen, "budget": budget, "folder": folder}
+        args = words_of({name: value for name, value in chosen.items() if name != "seed"})
+        values = {**chosen, "budget": budget, "folder": folder, "args": shlex.join(args)}
 
         def filled(text: str, name: str | None, form: str | None, _) -> str:
             if name is None:
@@ -1498,8 +1515,11 @@ class Command:
             value = functools.reduce(operator.getitem, name.split("."), values)
             return text + format(value, form or "")
 
+        words: list[str] = []
         try:
-            words = ["".join(filled(*piece) for piece in word) for word in self.parsed()]
+            for word in self.parsed():
+                alone = word == [("", "args", "", None)]
+                words += args if alone else ["".join(filled(*piece) for piece in word)]
         except KeyError as error:
             raise SweepError(f"--command: {error} has no value in this trial") from error
         printed, complained = folder / "output.txt", folder / "errors.txt"
@@ -1768,7 +1788,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--tune", action="append", default=[], metavar="NAME=SPEC", help="what may be chosen: "
         "learning_rate=1e-3:1e-1:log, batch_size=4:16:step=4, schedule=constant,wsd")  # fmt: skip
     add("--space", type=Path, help="the same from a JSON file, with conditions")
-    add("--command", help="a command line to run instead of 06_train.py, with {name}s to fill in")
+    add("--command", help="a command line to run instead of 06_train.py, with {name}s to "
+        "fill in; {args}: --NAME VALUE of all names that the trial has, but {seed}")  # fmt: skip
     add("--key", default="val_nats", help="the name before the number that a command prints")
     add("--out", type=Path, default=Path("runs/sweep"), help="folder of the study")
     add("--report", action="store_true", help="only show what is in --out")
@@ -1846,15 +1867,24 @@ def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyper
     return Train({name: value for name, value in config.items() if name not in place})
 
 
+FILLED = ("budget", "folder", "args")  # what a command is given besides what was chosen
+
+
 def command_objective(
     settings: argparse.Namespace, space: Space, repeated: set[str], early: bool
 ) -> Command:
     """A command line as an objective, if it takes all that it has to and nothing else."""
     command = Command(settings.command, settings.key)
     must = {p.name for p in space.params} | repeated | ({"budget"} if early else set())
-    known = {*must, "seed", "budget", "folder", *(p.name for p in space.constants)}
+    known = {*must, "seed", *FILLED, *(p.name for p in space.constants)}
     for name in sorted(command.names() - known):
         raise SweepError(f"--command: {{{name}}} is not in the space, which has {sorted(known)}")
+    if "args" in command.names():
+        must = {"seed", "budget"} & (must | space.always)
+    at_times = {p.name for p in (*space.params, *space.constants)} - space.always
+    for name in sorted(at_times & (must | command.names())):
+        raise SweepError(f"--command: {{{name}}} is not there in every trial; write {{args}}, "
+                         "for --NAME VALUE of all that are")  # fmt: skip
     for name in sorted(must - command.names()):
         raise SweepError(f"--command: {{{name}}} is not in it, and differs from run to run")
     return command
@@ -1866,6 +1896,10 @@ def make_objective(settings: argparse.Namespace, space: Space, rule: Full | ASHA
         check(count >= 1, f"--{name}s", count, "at least 1")
         repeated |= {name: tuple(range(count))} if count > 1 else {}
     check(len(repeated) < 2, "--folds", settings.folds, "either --seeds or --folds")
+    taken = {*repeated, *(FILLED if settings.command else ())}
+    for param in (*space.params, *space.constants):
+        good = param.name.split(".")[0] not in taken
+        check(good, "--tune", param.name, "another name, because each run is given its own")
     if settings.command:
         objective = command_objective(settings, space, {*repeated}, type(rule) is not Full)
     else:

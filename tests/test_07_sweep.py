@@ -1132,6 +1132,34 @@ def test_report_and_resume_need_no_flags_but_the_folder(tmp_path, capsys):
     assert "bowl is a function" in capsys.readouterr().err
 
 
+def test_a_command_takes_all_that_there_is_as_args(tmp_path, capsys):
+    """With conditions, a constant, a group and a value that a shell would take apart."""
+    tree = {
+        "optimizer": {"choice": ["a b", "sgd"], "then": {"a b": {"beta": {"choice": [0.5]}}}},
+        "model": {"width": 64}, "lr": {"low": 1.0, "high": 2.0},
+    }  # fmt: skip
+    (tmp_path / "space.json").write_text(json.dumps(tree))
+    (tmp_path / "mine.py").write_text("import sys; print(*sys.argv[1:], sep='|'); print('v: 1')")
+    mine, out = f"{sys.executable} {tmp_path}/mine.py", tmp_path / "s"
+    flags = ["--space", str(tmp_path / "space.json"), "--key", "v", "--sampler", "grid",
+             "--points", "2", "--folds", "2", "--out"]  # fmt: skip
+    for command in (f"{mine} {{args}}", f"sh -c '{mine} {{args}}'"):
+        shutil.rmtree(out, ignore_errors=True)
+        assert sweep.main([*flags, str(out), "--command", command]) == 0
+        for index, words in enumerate((
+            "--model.width|64|--optimizer|a b|--beta|0.5|--lr|1.0",
+            "--model.width|64|--optimizer|a b|--beta|0.5|--lr|2.0",
+            "--model.width|64|--optimizer|sgd|--lr|1.0",
+            "--model.width|64|--optimizer|sgd|--lr|2.0",
+        )):  # fmt: skip
+            printed = (out / f"trial-{index:05d}/fold-1/output.txt").read_text()
+            assert printed == f"{words}|--fold|1\nv: 1\n"
+    capsys.readouterr()
+    for command in ("run {optimizer} {lr} {fold}", "run {args} {beta}"):
+        assert sweep.main([*flags, str(tmp_path / "no"), "--command", command]) == 2
+        assert "{beta} is not there in every trial; write {args}" in capsys.readouterr().err
+
+
 def test_a_resumed_space_is_the_one_that_was_given(tmp_path):
     """Lists stay lists, and a parameter, a group or an option may be called class."""
     text = """{"class": {"choice": ["class", 3], "then": {"class": {"x": {"low": 0, "high": 9}}}},
@@ -1187,6 +1215,15 @@ def test_progress_counts_paused_trials_as_paused(tmp_path):
         ("--tune x=1:2 --command run_{x}}", "Single '}'"),
         ("--tune x=1:2 --command run", "{x} is not in it"),
         ("--tune x=1:2 --command run_{x} --seeds 2", "{seed} is not in it"),
+        ("--tune x=1:2 --command run{args} --seeds 2", "{seed} is not in it"),
+        ("--tune seed=1:2 --command run{args}", "{seed} is not in it"),
+        ("--tune x=1:2 --tune seed=3 --command run{args}", "{seed} is not in it"),
+        ("--tune x=1:2 --command run{args} --rule asha", "{budget} is not in it"),
+        ("--tune budget=1:2 --command run_{budget}", "--tune='budget': wanted another name"),
+        ("--tune folder.x=1:2 --command run_{folder.x}", "'folder.x': wanted another name"),
+        ("--tune args=1:2 --command run_{args}", "--tune='args': wanted another name"),
+        ("--tune seed=1:2 --seeds 2", "--tune='seed': wanted another name"),
+        ("--tune fold=1:2 --command run_{fold} --folds 2", "--tune='fold': wanted another name"),
         ("--tune x=1:2 --command run_{x} --folds 2", "{fold} is not in it"),
         ("--tune x=1:2 --command run_{x} --rule asha", "{budget} is not in it"),
         ("--tune seed=1:2 --folds 2", "a --command that has {fold}"),
