@@ -922,8 +922,8 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
-class WorkerDied(Exception):
-    """A worker ended in the midst of a trial."""
+class WorkerDied(ConnectionError):
+    """A worker ended, in the midst of a trial or before it."""
 
 
 class Here:
@@ -949,7 +949,7 @@ class Here:
             return report and tuple(report)
         except training.Stopped as stopped:  # a signal, which 06 catches: no fault of the trial
             raise KeyboardInterrupt from stopped
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             (self.folder / "error.txt").write_text(traceback.format_exc())
             return one_line(error)
 
@@ -1026,7 +1026,7 @@ class OnRay:
     def __init__(self, objective: Objective, gpus: float):
         self.ray = importlib.import_module("ray")
         actor = self.ray.remote(num_cpus=1, num_gpus=gpus)(Here)
-        self.actor = actor.remote(objective)
+        self.actor, self.news = actor.remote(objective), None
 
     @staticmethod
     def connect(workers: int):
@@ -1048,16 +1048,21 @@ class OnRay:
             raise SweepError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
         return ray
 
+    def get(self, answer):
+        try:
+            return self.ray.get(answer)
+        except self.ray.exceptions.RayError as error:
+            raise WorkerDied(str(error).splitlines()[0]) from error
+
     def tell(self, what: str, *job) -> None:
-        self.actor.tell.remote(what, *job)
+        heard = self.actor.tell.remote(what, *job)
+        if what == "begin" and self.news:  # not its first trial, for which it may wait for a CPU
+            self.get(heard)
         if what != "leave":
             self.news = self.actor.receive.remote()
 
     def receive(self) -> tuple | str | None:
-        try:
-            return self.ray.get(self.news)
-        except self.ray.exceptions.RayError as error:
-            raise WorkerDied(str(error).splitlines()[0]) from error
+        return self.get(self.news)
 
     @staticmethod
     def ready(workers: list) -> list:
@@ -1076,8 +1081,13 @@ class Workers:
         self.idle = [hire() for _ in range(count)]
 
     def start(self, index: int, *job) -> None:
-        self.running[index] = self.idle.pop()
-        self.running[index].tell("begin", *job)
+        worker = self.idle.pop()
+        try:
+            worker.tell("begin", *job)
+        except ConnectionError:  # it died while it was idle
+            worker = self.hire()
+            worker.tell("begin", *job)
+        self.running[index] = worker
 
     def wait(self) -> tuple[int, Report | str | None]:
         """(trial, its next report), (trial, None) at its end, (trial, message) when it crashed."""
@@ -1095,7 +1105,8 @@ class Workers:
 
     def answer(self, index: int, go_on: bool) -> None:
         """To be called after each report."""
-        self.running[index].tell("go on" if go_on else "leave")
+        with contextlib.suppress(ConnectionError):  # one that died is noticed in `wait` or `start`
+            self.running[index].tell("go on" if go_on else "leave")
         if not go_on:
             self.idle.append(self.running.pop(index))
 

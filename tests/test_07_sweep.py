@@ -805,6 +805,48 @@ def test_a_crashing_trial_is_recorded_and_the_study_goes_on(workers, tmp_path):
         assert again.trials[2].message == "WorkerDied: exit code 7"
 
 
+def leaves(config, budget, folder):
+    sys.exit("enough" if config["x"] < 0.5 else 3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sys_exit_in_an_objective_is_a_failed_trial(workers, tmp_path):
+    s = run(tmp_path / "s", leaves, workers=workers, trials=6)
+    assert set(s.states.values()) == {"failed"}
+    for t in s.trials:
+        assert t.message == f"SystemExit: {'enough' if t.params['x'] < 0.5 else 3}"
+
+
+def killer(config, budget, folder):
+    """Trial 1 lasts till 2 has ended, and then kills its worker; 3 dies after its report."""
+    index, pid = int(folder.name[-1]), folder.parent / "pid"
+    if index == 1:
+        while not pid.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        time.sleep(0.3)
+    yield 1, bowl(config, 1, folder)
+    if index == 2:
+        (folder / "pid").write_text(str(os.getpid()))
+        (folder / "pid").rename(pid)
+    if index == 3:
+        os._exit(3)
+    yield 2, bowl(config, 2, folder)
+
+
+def idle_death(folder, **kwargs):
+    """Trials 3 and 4 wait for trial 1, and one of them gets the worker that is dead."""
+    s = study(folder, killer, TPE(startup=1, delay=2), Full(2))
+    s = s.run(Limits(trials=5), 2, show=False, **kwargs)
+    assert [state for i, state in s.states.items() if i != 3] == ["done"] * 4
+    assert s.states[3] == "failed" and s.trials[3].message.startswith("WorkerDied: ")
+
+
+def test_a_worker_that_dies_while_it_is_idle_costs_no_trial(tmp_path):
+    idle_death(tmp_path / "s")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two CPUs that is there already, as RAY_ADDRESS would name it."""
@@ -834,6 +876,10 @@ def test_ray_does_what_workers_here_do(tmp_path, cluster):
         t.message for t in here.trials if t.index != 2
     ]
     assert (tmp_path / "ray" / "trial-00004" / "log.txt").read_text().startswith("trial 4 with")
+
+
+def test_ray_worker_that_dies_while_it_is_idle_costs_no_trial(tmp_path, cluster):
+    idle_death(tmp_path / "s", executor="ray")
 
 
 def test_an_objective_that_no_process_can_import_is_refused(tmp_path):
