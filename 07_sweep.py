@@ -1714,8 +1714,9 @@ def to_mlflow(study: Study) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would call home at import
     mlflow = needed("mlflow", "--track mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{study.folder.resolve()}/mlflow.db")
-    found = client.get_experiment_by_name(study.folder.name)
-    experiment = found.experiment_id if found else client.create_experiment(study.folder.name)
+    name = study.folder.resolve().name  # of "." too
+    found = client.get_experiment_by_name(name)
+    experiment = found.experiment_id if found else client.create_experiment(name)
     there = client.search_runs([experiment], max_results=10_000)
     there = {run.data.tags["trial"]: run for run in there}
     for trial in told(study):
@@ -1742,12 +1743,13 @@ def to_wandb(study: Study) -> None:
     One that has gone on since the last time is written once more, under another id.
     """
     wandb = needed("wandb", "--track wandb")
+    group = study.folder.resolve().name
     for trial in told(study):
-        name = f"{study.folder.name}-{trial.index}-{trial.state}-{trial.reached}"
+        name = f"{group}-{trial.index}-{trial.state}-{trial.reached}"
         if list(study.folder.glob(f"wandb/offline-run-*-{name}")):
             continue
         run = wandb.init(
-            mode="offline", dir=study.folder, project="sweep", group=study.folder.name,
+            mode="offline", dir=study.folder, project="sweep", group=group,
             name=f"trial-{trial.index}", id=name, tags=[trial.state],
             config={"seed": trial.seed, **trial.params},
         )  # fmt: skip
@@ -1975,10 +1977,10 @@ def report(study: Study) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    if not argv:
-        demo()
-        return 0
     try:
+        if not argv:
+            demo()
+            return 0
         settings = read_flags(argv)
         limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
         study = make_study(settings)
@@ -1999,7 +2001,7 @@ def main(argv: list[str]) -> int:
         print(f"07_sweep.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: nothing is lost; --resume goes on")
+        print("stopped: nothing is lost; --resume goes on" if argv else "stopped")
         return 130
 
 

@@ -1061,11 +1061,13 @@ def test_plot_saves_pictures(tmp_path):
 # trackers
 
 
-def test_mlflow_gives_back_what_the_study_found(tmp_path):
+def test_mlflow_gives_back_what_the_study_found(tmp_path, monkeypatch):
     import mlflow
 
+    (tmp_path / "s").mkdir()
+    monkeypatch.chdir(tmp_path / "s")
     rule = ASHA(3, 1, 3)
-    sweep.to_mlflow(run(tmp_path / "s", troubled, rule=rule, trials=5))
+    sweep.to_mlflow(run(".", troubled, rule=rule, trials=5))
     s = run(tmp_path / "s", troubled, rule=rule, trials=9)
     sweep.to_mlflow(s)  # what is new, of old trials too
     assert {"done", "paused", "failed"} <= set(s.states.values())
@@ -1084,7 +1086,9 @@ def test_mlflow_gives_back_what_the_study_found(tmp_path):
 
 def test_wandb_writes_offline_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    s = run(tmp_path / "s", troubled, rule=ASHA(9, 1, 3), trials=2)
+    (tmp_path / "s").mkdir()
+    monkeypatch.chdir(tmp_path / "s")
+    s = run(".", troubled, rule=ASHA(9, 1, 3), trials=2)
     sweep.to_wandb(s)
     files = sorted((tmp_path / "s" / "wandb").glob("offline-run-*/*.wandb"))
     assert [f.name for f in files] == ["run-s-0-paused-1.wandb", "run-s-1-failed-0.wandb"]
@@ -1226,6 +1230,14 @@ def test_a_study_without_any_value_ends_with_status_1(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert sweep.main([*flags, "--out", str(tmp_path / "file")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_demonstration_is_one_line(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "demo", stopped)
+    assert sweep.main([]) == 130 and capsys.readouterr().out == "stopped\n"
 
 
 def test_progress_counts_paused_trials_as_paused(tmp_path):
