@@ -128,6 +128,9 @@ class Checked:
         for name, value in vars(self).items():
             least = {"eta": 2, "warmup": 0}.get(name, 1)
             check(type(value) is not int or value >= least, name, value, f"at least {least}")
+        if "min_budget" in vars(self):
+            most = f"at most {self.budget}, the whole budget"
+            check(self.min_budget <= self.budget, "min_budget", self.min_budget, most)
 
 
 # 1. A trial: what is known of one try
@@ -709,8 +712,6 @@ class ASHA(Full):
         super().__post_init__()
         forms = ("promote", "stop", "percentile")
         check(self.form in forms, "form", self.form, f"one of {forms}")
-        whole = f"at most {self.budget}, the whole budget"
-        check(self.min_budget <= self.budget, "min_budget", self.min_budget, whole)
 
     def budgets(self, index: int) -> list[int]:
         rungs = [self.min_budget]
@@ -746,28 +747,24 @@ class ASHA(Full):
 class Hyperband(Full):
     """Successive halving, where all of a rung are compared at once, in brackets that hedge.
 
-    Bracket s starts ceil((S + 1)/(s + 1) eta^s) trials at budget/eta^s and keeps the best
-    1/eta of a complete rung for the next. S brackets: from many trials cut early to few never cut.
-    brackets: only so many of them; 1 is plain successive halving. Trials are assigned by index,
-    again from the first bracket when all are full.
+    Bracket s, from S down to 0, starts ceil((S + 1)/(s + 1) eta^s) trials at budget/eta^s and keeps
+    the best 1/eta of a complete rung for the next: from many trials cut early to few never cut. S
+    is the largest with budget/eta^S >= min_budget. brackets: only the first so many; 1 is plain
+    successive halving. Trials are assigned by index, again from the first when all are full.
     """
 
     eta: int = 3
     brackets: int | None = None
+    min_budget: int = 1
 
     def plan(self) -> list[tuple[int, list[int]]]:
         """(trials, rungs) of each bracket."""
-        S = 0
-        while self.eta ** (S + 1) <= self.budget:
+        rungs, S = [self.budget], 0
+        while self.min_budget * self.eta ** (S + 1) <= self.budget:
             S += 1
-        kept = range(S, -1, -1)[: self.brackets]
-        return [
-            (
-                math.ceil((S + 1) * self.eta**s / (s + 1)),
-                [self.budget // self.eta**k for k in range(s, -1, -1)],
-            )
-            for s in kept
-        ]
+            rungs.insert(0, self.budget // self.eta**S)
+        sizes = [math.ceil((S + 1) * self.eta**s / (s + 1)) for s in range(S, -1, -1)]
+        return [(size, rungs[i:]) for i, size in enumerate(sizes)][: self.brackets]
 
     def bracket(self, index: int) -> tuple[range, list[int]]:
         """The trials that the one with this index competes with, and their rungs."""
@@ -1776,8 +1773,8 @@ SAMPLERS = {
 RULES = {
     "none": lambda s: Full(s.budget),
     "median": lambda s: Median(s.budget, every=s.min_budget),
-    "halving": lambda s: Hyperband(s.budget, s.eta, brackets=1),
-    "hyperband": lambda s: Hyperband(s.budget, s.eta),
+    "halving": lambda s: Hyperband(s.budget, s.eta, 1, s.min_budget),
+    "hyperband": lambda s: Hyperband(s.budget, s.eta, None, s.min_budget),
     "asha": lambda s: ASHA(s.budget, s.min_budget, s.eta, "promote"),
     "asha-stop": lambda s: ASHA(s.budget, s.min_budget, s.eta, "stop"),
     "asha-percentile": lambda s: ASHA(s.budget, s.min_budget, s.eta, "percentile"),
@@ -1813,8 +1810,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--delay", type=int, default=1, help="tpe: workers that may be busy at once")
     add("--rule", choices=RULES, default="none", help="early stopping")
     add("--budget", type=int, default=300, help="steps of a whole run")
-    add("--min-budget", type=int, default=30, help="asha: steps to the first rung; median: of "
-        "each piece of a run")  # fmt: skip
+    add("--min-budget", type=int, default=30, help="asha, halving, hyperband: steps before "
+        "any trial is cut; median: of each piece of a run")  # fmt: skip
     add("--eta", type=int, default=3, help="one trial in eta goes on to the next rung")
     add("--seeds", type=int, default=1, help="runs of each trial, to take the mean of")
     add("--folds", type=int, default=1, help="the same, where a command leaves out {fold}")

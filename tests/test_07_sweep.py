@@ -229,6 +229,7 @@ def test_space_from_json_and_from_flags_equal_python():
         (lambda: Full(0), "budget=0: wanted at least 1"),
         (lambda: Median(9, every=0), "every=0"),
         (lambda: Hyperband(-5), "budget=-5"),
+        (lambda: Hyperband(9, min_budget=10), "min_budget=10: wanted at most 9"),
         (lambda: Grid(0), "points=0"),
         (lambda: TPE(delay=0), "delay=0"),
         (lambda: Limits(trials=-3), "trials=-3: wanted above 0"),
@@ -394,6 +395,25 @@ def test_hyperband_known_table():
     assert [rungs for _, rungs in plan] == [
         [1, 3, 9, 27, 81], [3, 9, 27, 81], [9, 27, 81], [27, 81], [81]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("budget, least, eta", [
+    (81, 1, 3), (81, 3, 3), (300, 30, 3), (80, 9, 3), (243, 1, 3), (1000, 1, 10), (7, 7, 2),
+])  # fmt: skip
+def test_hyperband_begins_at_its_least_budget(budget, least, eta):
+    """S = floor(log_eta(budget/least)), by search; in floats log(243, 3) is below 5."""
+    S = max(s for s in range(20) if budget >= least * eta**s)
+    plan = Hyperband(budget, eta, min_budget=least).plan()
+    assert len(plan) == S + 1 and plan[0][0] == eta**S and plan[-1] == (S + 1, [budget])
+    assert least <= plan[0][1][0] < least * eta and sorted(plan[0][1]) == plan[0][1]
+    assert Hyperband(budget, eta, 1, least).plan() == plan[:1]
+
+
+def test_halving_and_hyperband_take_the_least_budget_of_the_command_line(tmp_path):
+    for rule, brackets in (("halving", 1), ("hyperband", 3)):
+        flags = ["--rule", rule, "--tune", "learning_rate=1e-3:1e-2", "--out", str(tmp_path / "s")]
+        made = sweep.make_study(sweep.read_flags(flags)).rule  # warmup: 30 steps
+        assert len(made.plan()) == brackets and made.budgets(0) == [33, 100, 300]
 
 
 def test_hyperband_runs_the_known_numbers_of_trials(tmp_path, monkeypatch):
