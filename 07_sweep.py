@@ -1939,21 +1939,23 @@ def make_study(settings: argparse.Namespace) -> Study:
         raise SweepError(f"--out {settings.out} holds a study: add --resume to go on with it")
     stored = entries[0].get("study") if entries else None
 
-    def part(name: str, flags: set[str], make: Callable, again: Callable = rebuilt):
-        return make() if stored is None or settings.given & flags else again(stored[name])
+    def part(name: str, flags: set[str], make: Callable):
+        if stored is None or settings.given & flags:
+            return make()
+        try:
+            again = rebuilt(stored[name])
+            return Space(again) if name == "space" else again
+        except (KeyError, TypeError, AttributeError) as error:
+            raise store.damaged(1, one_line(error)) from error
 
-    try:
-        space = part("space", {"tune", "space"}, lambda: read_space(settings),
-                     lambda tree: Space(rebuilt(tree)))  # fmt: skip
-        sampler = part("sampler", {"sampler", "points", "delay"},
-                       lambda: SAMPLERS[settings.sampler](settings))  # fmt: skip
-        rule = part("rule", {"rule", "budget", "min_budget", "eta"},
-                    lambda: RULES[settings.rule](settings))  # fmt: skip
-        objective = part("objective", {"command", "key", "seeds", "folds", "flags"},
-                         lambda: make_objective(settings, space, rule))  # fmt: skip
-        seed = part("seed", {"seed"}, lambda: settings.seed)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise store.damaged(1, one_line(error)) from error
+    space = part("space", {"tune", "space"}, lambda: read_space(settings))
+    sampler = part("sampler", {"sampler", "points", "delay"},
+                   lambda: SAMPLERS[settings.sampler](settings))  # fmt: skip
+    rule = part("rule", {"rule", "budget", "min_budget", "eta"},
+                lambda: RULES[settings.rule](settings))  # fmt: skip
+    objective = part("objective", {"command", "key", "seeds", "folds", "flags"},
+                     lambda: make_objective(settings, space, rule))  # fmt: skip
+    seed = part("seed", {"seed"}, lambda: settings.seed)
     if not callable(objective) and not settings.report:
         raise SweepError(f"--resume: {objective} is a function; go on with its study from Python")
     return Study(settings.out, space, objective, sampler, rule, seed)

@@ -1230,6 +1230,19 @@ def test_a_command_takes_all_that_there_is_as_args(tmp_path, capsys):
         assert "{beta} is not there in every trial; write {args}" in capsys.readouterr().err
 
 
+def test_only_a_store_that_is_there_is_called_damaged(tmp_path, monkeypatch):
+    flags = sweep.read_flags(["--tune", "x=1:2", "--out", str(tmp_path / "s"), "--resume"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "read_space", lambda settings: {}["nothing"])
+        with pytest.raises(KeyError, match="nothing"):
+            sweep.make_study(flags)
+    run(tmp_path / "s", trials=1)
+    text = (tmp_path / "s" / "study.jsonl").read_text()
+    (tmp_path / "s" / "study.jsonl").write_text(text.replace('"Random"', '"Randam"'))
+    with pytest.raises(SweepError, match="line 1 is damaged .KeyError: 'Randam'"):
+        sweep.make_study(flags)
+
+
 def test_a_resumed_space_is_the_one_that_was_given(tmp_path):
     """Lists stay lists, and a parameter, a group or an option may be called class."""
     text = """{"class": {"choice": ["class", 3], "then": {"class": {"x": {"low": 0, "high": 9}}}},
