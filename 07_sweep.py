@@ -94,7 +94,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -806,10 +806,10 @@ class Hyperband(Full):
 class Store:
     """The file study.jsonl in a folder.
 
-    Lines: {"study": what may not change}, {"session": where and when a process took it up},
-    {"trial": i, "params": ..., "seed": ...}, {"trial": i, "state": ...} and {"trial": i, "step":
-    ..., "value": ..., "state": ...}. A report and the decision on it are one line, and a line
-    counts once its newline is written: at every byte the file is a study from which to go on.
+    Lines: {"study": what may not change}, {"session": where and when a process took it up, and to
+    what limits}, {"trial": i, "params": ..., "seed": ...}, {"trial": i, "state": ...} and {"trial":
+    i, "step": ..., "value": ..., "state": ...}. A report and the decision on it are one line, and a
+    line counts once its newline is written: at every byte the file is a study from which to go on.
     NaN and infinity are written as NaN and Infinity, which Python's json reads back.
     """
 
@@ -1254,6 +1254,7 @@ class Study:
         """
         if "session" in entry:
             self.last = entry["session"]["time"]
+            self.limits = Limits(**entry["session"].get("limits", {}))
         if "trial" not in entry:
             return
         index, known = entry["trial"], len(self.trials)
@@ -1360,12 +1361,11 @@ class Study:
         check(ends, "limits", limits, "at least one")
         delay = getattr(self.sampler, "delay", workers)
         check(workers <= delay, "workers", workers, f"at most TPE's delay={delay}")
-        self.limits = limits
         with self.store.locked(), employed(self.objective, workers, executor) as pool:
             self.load()
             if not self.store.read():
                 self.write(study=self.identity())
-            self.write(session=surroundings())
+            self.write(session=surroundings() | {"limits": vars(limits)})
             self._loop(pool, show)
         return self
 
@@ -1804,7 +1804,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/sweep"), help="folder of the study")
     add("--report", action="store_true", help="only show what is in --out")
     add("--resume", action="store_true", help="go on with the study in --out, whose flags need not "
-        "be given again; only ends, --workers and --executor may change")  # fmt: skip
+        "be given again; ends, --workers and --executor may change")  # fmt: skip
     add("--sampler", choices=SAMPLERS, default="tpe")
     add("--points", type=int, default=5, help="grid: values of a range that has no step")
     add("--delay", type=int, default=1, help="tpe: workers that may be busy at once")
@@ -1819,7 +1819,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="trials at once; 1: in this process")
     add("--executor", choices=("local", "ray"), default="local", help="where they run: on this "
         "machine, or on the Ray cluster at RAY_ADDRESS (without: one made here)")  # fmt: skip
-    add("--trials", type=int, help="end after so many, 20 where no other end is given")
+    add("--trials", type=int, help="end after so many; with no end given: of a study "
+        "that is resumed those it had last, else 20")  # fmt: skip
     add("--tokens", type=float, help="end when so many are trained on")
     add("--seconds", type=float, help="end after this time")
     add("--dollars", type=float, help="end when so much is spent at --price")
@@ -1984,6 +1985,8 @@ def main(argv: list[str]) -> int:
         limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
         study = make_study(settings)
         if not settings.report:
+            if limits.endless:
+                limits = replace(study.limits, price=limits.price or study.limits.price)
             if limits.endless and not isinstance(study.sampler, Grid):
                 limits = Limits(trials=20)
             study.run(limits, settings.workers, executor=settings.executor)

@@ -1230,6 +1230,31 @@ def test_a_command_takes_all_that_there_is_as_args(tmp_path, capsys):
         assert "{beta} is not there in every trial; write {args}" in capsys.readouterr().err
 
 
+def test_a_resumed_study_ends_where_it_was_to_end(tmp_path, monkeypatch):
+    """Or where it is told to; a store of old, that does not say, after 20 trials."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(sweep.Command, "__call__", lambda self, chosen, budget, folder: 1.0)
+    flags = ["--sampler", "random", "--command", "run {x}", "--tune", "x=1:9", "--out"]
+
+    def trials(folder, *more):
+        assert sweep.main([*flags, str(tmp_path / folder), "--resume", *more]) == 0
+        return len(sweep.make_study(sweep.read_flags([*flags, str(tmp_path / folder), "--report"]))
+                   .trials)  # fmt: skip
+
+    assert trials("s", "--trials", "25") == 25
+    file = tmp_path / "s" / "study.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:12]))
+    assert trials("s") == 25 and trials("s", "--trials", "26") == 26 and trials("s") == 26
+    lines = [json.loads(line) for line in whole.splitlines()[:12]]
+    del lines[1]["session"]["limits"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert trials("s") == 20 and trials("new") == 20
+    dollars = ["--dollars", "0.001", "--price", "3600"]
+    monkeypatch.setattr(sweep.Command, "__call__", lambda *job: time.sleep(0.002) or 1.0)
+    assert trials("d", *dollars) == trials("d") < trials("d", "--price", "360")
+
+
 def test_only_a_store_that_is_there_is_called_damaged(tmp_path, monkeypatch):
     flags = sweep.read_flags(["--tune", "x=1:2", "--out", str(tmp_path / "s"), "--resume"])
     with monkeypatch.context() as patch:
