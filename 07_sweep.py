@@ -1139,6 +1139,8 @@ def employed(objective: Objective, count: int, executor: str) -> Iterator[Worker
 
 # 7. The study: space, sampler, rule, store and workers together
 
+HOPELESS = 20  # failed trials in a row that end a study which no number of trials ends
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -1323,6 +1325,12 @@ class Study:
             "dollars": sum(t.seconds for t in self.trials) / 3600 * self.limits.price,
         }
 
+    @property
+    def total(self) -> float:
+        """The most trials that there will be."""
+        points = len(self.sampler.all(self.space)) if isinstance(self.sampler, Grid) else math.inf
+        return min(points, self.limits.trials or math.inf)
+
     def affordable(self, busy: list[Trial]) -> bool:
         """Whether one more rung may start: not if what runs now will probably reach a limit."""
         done = sum(t.reached for t in self.trials)
@@ -1344,13 +1352,10 @@ class Study:
         for trial in self.trials:
             if trial.state in ("queued", "running") and trial not in busy:
                 return trial
-        total = math.inf if self.limits.trials is None else self.limits.trials
-        if isinstance(self.sampler, Grid):
-            total = min(total, len(self.sampler.all(self.space)))
-        promoted = self.rule.promote(self.rungs, self.states, total)
+        promoted = self.rule.promote(self.rungs, self.states, self.total)
         if promoted is not None:
             return self.trials[promoted]
-        return self.ask() if len(self.trials) < total else None
+        return self.ask() if len(self.trials) < self.total else None
 
     def run(
         self, limits: Limits, workers: int = 1, show: bool = True, executor: str = "local"
@@ -1370,7 +1375,7 @@ class Study:
         return self
 
     def _loop(self, pool: Workers, show: bool) -> None:
-        first = True
+        first, failures = True, 0
         while True:
             busy = [self.trials[i] for i in pool.running]
             while pool.idle and (trial := self.next_job(busy)):
@@ -1393,6 +1398,11 @@ class Study:
                 self.write(trial=index, state="failed", message=news or late, time=time.time())
             if show:
                 print(self.progress(), flush=True)
+            if trial.state != "running":
+                failures = failures + 1 if trial.state == "failed" else 0
+            if failures == HOPELESS and self.total == math.inf:
+                raise SweepError(f"{failures} trials in a row failed, the last: {trial.message}; "
+                                 "to go on all the same, limit the trials")  # fmt: skip
 
     def take(self, trial: Trial, report: Report) -> bool:
         """Notes a report and judges its trial; whether this call of the objective is to go on."""
@@ -1402,6 +1412,9 @@ class Study:
         step = self.mark(trial, report)
         state = self.rule.judge(self.rungs, self.states, trial.index, step)
         self.write(trial=trial.index, state=state, time=time.time(), **report._asdict())
+        if report.step >= budget and not report.tokens and self.limits.tokens:
+            raise SweepError("the limit in tokens: the objective reports none; give one in trials "
+                             "or seconds, or yield Report(step, value, tokens)")  # fmt: skip
         return state == "running" and report.step < budget
 
     def progress(self) -> str:
@@ -1411,11 +1424,11 @@ class Study:
         spent, limits = self.spent(), self.limits
         shares = [spent[name] / getattr(limits, name) for name in spent if getattr(limits, name)]
         halted = over + count["paused"]  # most of those that pause will not be taken up again
-        shares.append(halted / limits.trials if limits.trials else 0.0)
+        shares.append(halted / self.total)
         share = max(shares) if halted else 0.0  # earlier it would be a wild guess
         best = self.best
         return (
-            f"{over}/{limits.trials or '?'} trials | "
+            f"{over}/{'?' if self.total == math.inf else self.total} trials | "
             + (f"best {best.value:.4f} (trial {best.index}) | " if best else "")
             + " ".join(f"{state} {n}" for state, n in sorted(count.items()))
             + f" | {spent['tokens']:,} tokens | {spent['seconds']:.0f} s"

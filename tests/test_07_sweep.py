@@ -1011,6 +1011,53 @@ def test_dollars_and_seconds_end_a_study(tmp_path):
     assert len(again.trials) <= before + 2  # what was spent before counts
 
 
+def test_a_limit_in_tokens_needs_tokens(tmp_path):
+    def none(config, budget, folder):
+        return 1.0 if folder.name < "trial-00009" else pytest.fail("goes on for ever")
+
+    limits = Limits(tokens=100)
+    with pytest.raises(SweepError, match="limit in tokens: the objective reports none; .*seconds"):
+        run(tmp_path / "s", none, rule=ASHA(9, 1, 3), limits=limits)
+    s = study(tmp_path / "s", none, rule=ASHA(9, 1, 3))
+    assert s.states == {0: "paused"}  # and the study goes on by trials
+    assert len(s.run(Limits(trials=5), show=False).trials) == 5
+
+    def late(config, budget, folder):  # tokens are there at the end only: all is well
+        return [Report(1, 0.5), Report(9, 0.5, 60)]
+
+    assert len(run(tmp_path / "late", late, limits=limits).trials) == 2
+
+
+@pytest.mark.parametrize("limits", [Limits(tokens=1e9), Limits(dollars=1e9, price=1.0)])
+def test_a_study_without_a_number_of_trials_ends_where_all_fail(limits, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    fine = {19, 30, 60}  # trials that do not fail
+
+    def broken(config, budget, folder):
+        index = int(folder.name.split("-")[1])
+        yield 1, 0.5  # a report on the way is no success
+        if index > 99:
+            pytest.fail("goes on for ever")
+        if index not in fine:
+            raise ValueError(f"in {index}")
+        yield Report(9, 0.5, 1)
+
+    for end in (50, 80):  # a new session counts anew
+        with pytest.raises(SweepError, match=f"20 trials in a row failed, the last: .* in {end}"):
+            run(tmp_path / "s", broken, limits=limits)
+    s = run(tmp_path / "s", broken, trials=99)
+    assert len(s.trials) == 99 and sum(x == "failed" for x in s.states.values()) == 96
+
+
+def test_failures_do_not_end_a_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+    def broken(config, budget, folder):
+        raise ValueError
+
+    assert len(run(tmp_path / "s", broken, Grid(3), limits=Limits(tokens=9)).trials) == 27
+
+
 # reports
 
 
@@ -1159,7 +1206,7 @@ def test_command_line_runs_any_program(tmp_path, capsys):
              "--points", "5", "--budget", "10", "--out", str(tmp_path / "s")]  # fmt: skip
     assert sweep.main(flags) == 0
     printed = capsys.readouterr().out
-    assert "5/? trials | best 0.1025 (trial 1) | done 4 failed 1" in printed
+    assert "5/5 trials | best 0.1025 (trial 1) | done 4 failed 1" in printed
     assert "exit status 1: too large" in printed and "importance  too few" in printed
     assert sweep.main(flags) == 2
     assert "add --resume" in capsys.readouterr().err
