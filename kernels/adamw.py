@@ -32,7 +32,7 @@ Run: `python kernels/adamw.py` times it on a GPU; without one it checks the kern
 interpreter and prints, from seed 0,
 
     8209 parameters in 4 tensors, float32, in the interpreter (no GPU to time)
-    after 20 clipped steps 2.4e-06 from torch.optim.AdamW in float64, norm 1.0e-08
+    after 5 clipped steps 7.7e-07 from torch.optim.AdamW in float64, norm 1.0e-08
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def benchmark() -> None:
     exact_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
     optimizer = torch.optim.AdamW(theirs, lr=1e-2)
     state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    for t in range(1, 21):
+    for t in range(1, 6):
         norm = grad_norm(grads, implementation="triton")
         options = {"norm": norm, "max_norm": 1.0, "implementation": "triton"}
         adamw_step(params, grads, *state, lr=1e-2, step=t, **options)
@@ -400,7 +400,7 @@ def benchmark() -> None:
     place = f"on {torch.cuda.get_device_name()}" if gpu else "in the interpreter (no GPU to time)"
     n = sum(p.numel() for p in params)
     print(f"{n} parameters in {len(params)} tensors, float32, {place}")
-    print(f"after 20 clipped steps {error:.1e} from torch.optim.AdamW in float64,", end=" ")
+    print(f"after 5 clipped steps {error:.1e} from torch.optim.AdamW in float64,", end=" ")
     print(f"norm {abs(norm / exact_norm - 1).item():.1e}")
     assert error < 5e-6 and abs(norm / exact_norm - 1) < 1e-6, "this is not AdamW"
     if not gpu:

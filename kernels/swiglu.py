@@ -18,8 +18,8 @@ All arithmetic is in float32, rounded once on writing. Sources: Shazeer 2020 (ar
 Run: `python kernels/swiglu.py` times it on a GPU; without one it checks the kernels in Triton's
 interpreter and prints, from seed 0,
 
-    100 rows of 2 * 1100, torch.float32, in the interpreter (no GPU to time)
-    errors against float64: y 7.0e-07, d(gate, up) 1.0e-06
+    7 rows of 2 * 1100, torch.float32, in the interpreter (no GPU to time)
+    errors against float64: y 7.0e-07, d(gate, up) 5.4e-07
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def benchmark() -> None:
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     on_gpu = {"dtype": torch.bfloat16, "device": "cuda"}
-    N, M, kind = (65_536, 1536, on_gpu) if gpu else (100, 1100, {})
+    N, M, kind = (65_536, 1536, on_gpu) if gpu else (7, 1100, {})
     x = torch.randn((N, 2 * M), **kind).requires_grad_()
     dy = torch.randn((N, M), **kind)
 
