@@ -5,10 +5,6 @@ Without a GPU the kernels run in Triton's interpreter (conftest.py); the tests m
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +21,10 @@ NAMES = ("o", "L", "dq", "dk", "dv")
 
 
 def set_tiles(monkeypatch, BM, BN):
-    """Blocks of this size in all three kernels for float32: small ones meet every kind of block."""
+    """Blocks of this size in all three kernels: small ones meet every kind of block."""
     row = dict.fromkeys(module.KERNELS, (BM, BN, 4, 1))
-    monkeypatch.setitem(module.CONFIGS, "float32", row)
+    for name in module.CONFIGS:
+        monkeypatch.setitem(module.CONFIGS, name, row)
 
 
 def dense(q, k, v, causal=True, window=None, documents=None, scale=None):
@@ -102,7 +99,7 @@ OPTIONS = {
     "window": {"window": 20},
     "window of 1": {"window": 1},
     "window beyond T": {"window": 10**10},
-    "full, window": {"window": 13, "causal": False},
+    "full, window": {"window": 35, "causal": False},
     "scale": {"scale": 0.3},
     "documents": {"documents": 9},
     "documents of 1": {"documents": 1},
@@ -143,50 +140,56 @@ def test_reference_matches_torch(causal):
 # the kernels against float64
 
 
-@pytest.mark.parametrize("tiles", [(16, 32), (32, 16)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_kernels_match_float64(name, tiles, monkeypatch):
-    """T = 79 is no multiple of any block; there are blocks left, right and in between."""
-    set_tiles(monkeypatch, *tiles)
-    assert_right((1, 79, 2, 1, 32), **options_of(name, 1, 79))
+def test_kernels_match_float64(name, monkeypatch):
+    """T = 61 is no multiple of any block; the last rows of "full, window" have blocks that they see
+    in part to the left, then a whole one, then in part to the right."""
+    set_tiles(monkeypatch, 32, 16)
+    assert_right((1, 61, 1, 1, 32), **options_of(name, 1, 61))
+
+
+@pytest.mark.parametrize("name", ["causal", "full, window", "documents, window"])
+def test_kernels_match_float64_with_blocks_wider_than_high(name, monkeypatch):
+    set_tiles(monkeypatch, 16, 32)
+    assert_right((1, 61, 1, 1, 32), **options_of(name, 1, 61))
 
 
 @pytest.mark.parametrize("T", [1, 7, 32, 129])
 @pytest.mark.parametrize("causal", [True, False])
 def test_kernels_match_float64_at_odd_lengths(T, causal):
-    """With the blocks that float32 has."""
+    """With the blocks that the file has."""
     assert_right((1, T, 1, 1, 64), causal=causal)
 
 
 @pytest.mark.parametrize("name", ["causal", "full, documents, window"])
 def test_kernels_match_float64_at_1023(name, monkeypatch):
-    set_tiles(monkeypatch, 128, 128)
+    set_tiles(monkeypatch, 512, 256)
     qkv, upstream = random_inputs(1, 1023, 1, 1, 32)
     options = options_of(name, 1, 1023)
     exact = gradients(module.attention_reference, [x.double() for x in qkv], upstream, **options)
     assert_close(gradients(kernels, qkv, upstream, **options), exact, 2e-5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (4, 2)], ids=str)
 def test_kernels_match_float64_with_shared_heads(heads, monkeypatch):
     set_tiles(monkeypatch, 32, 32)
-    assert_right((2, 45, *heads, 32), documents=random_documents(2, 45))
+    assert_right((2, 37, *heads, 32), documents=random_documents(2, 37))
 
 
 @pytest.mark.parametrize("D", module.HEAD_DIMS)
 def test_kernels_match_float64_at_each_head_dim(D, monkeypatch):
     set_tiles(monkeypatch, 64, 32)
-    assert_right((1, 70, 2, 1, D), window=40)
+    assert_right((1, 70, 1, 1, D), window=40)
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_kernels_match_float64_whatever_the_shape(data):
     G, share = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-    B, T = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 50))
+    B, T = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 33))
     options = {"causal": data.draw(st.booleans())}
     if data.draw(st.booleans()):
-        options["window"] = data.draw(st.integers(1, 60))
+        options["window"] = data.draw(st.integers(1, 50))
     if data.draw(st.booleans()):
         ids = data.draw(st.lists(st.integers(-2, 2), min_size=B * T, max_size=B * T))
         options["documents"] = torch.tensor(ids, device=DEVICE).view(B, T).sort(1).values
@@ -200,7 +203,7 @@ def test_kernels_match_float64_whatever_the_shape(data):
 def test_kernels_read_strided_views(packing, monkeypatch):
     """No copy is made for q, k, v that lie in a larger tensor, and their gradients arrive there."""
     set_tiles(monkeypatch, 32, 32)
-    B, T, H, G, D = 2, 40, 4, 2, 32
+    B, T, H, G, D = 2, 23, 2, 2, 32
     if packing == "one projection":
         whole = torch.randn(B, T, (H + 2 * G) * D, device=DEVICE)
         views = [x.unflatten(-1, (-1, D)) for x in whole.split((H * D, G * D, G * D), -1)]
@@ -227,7 +230,7 @@ def test_bfloat16_stays_within_its_rounding():
     dk by that times |q|. All else is float32 (1e-5); the 1.02 covers products of two errors.
     """
     u = 2.0**-7
-    B, T, H, G, D = 1, 200, 2, 1, 128
+    B, T, H, G, D = 1, 130, 2, 1, 128
     qkv, (do, dlse) = random_inputs(B, T, H, G, D, torch.bfloat16)
     upstream = do, torch.zeros_like(dlse)
     ours = gradients(kernels, qkv, upstream)
@@ -266,8 +269,8 @@ def test_lse_is_torchs_logsumexp_in_natural_log():
 
 
 def test_same_input_gives_the_same_bits(monkeypatch):
-    set_tiles(monkeypatch, 16, 16)
-    qkv, upstream = random_inputs(1, 50, 2, 1, 32)
+    set_tiles(monkeypatch, 32, 16)
+    qkv, upstream = random_inputs(1, 33, 1, 1, 32)
     runs = [gradients(kernels, qkv, upstream, window=21) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
@@ -334,7 +337,7 @@ def test_limits_are_what_a_row_sees(name):
 
 def test_operators_pass_opcheck(monkeypatch):
     set_tiles(monkeypatch, 16, 16)
-    B, T, H, G, D = 1, 20, 2, 1, 32
+    B, T, H, G, D = 1, 9, 2, 1, 32
     qkv = torch.randn(B, T, H + 2 * G, D, device=DEVICE)
     q, k, v = (x.requires_grad_() for x in qkv.split((H, G, G), 2))
     limits = module.visible_limits(B, T, q.device, 5, None)
@@ -360,7 +363,7 @@ def test_gradient_of_a_sum_has_stride_zero(monkeypatch):
 
 
 def test_kernels_compile_into_one_graph_for_all_lengths(monkeypatch):
-    set_tiles(monkeypatch, 16, 16)
+    set_tiles(monkeypatch, 32, 32)
 
     def loss(q, k, v, documents):
         q = q * 2  # something for the compiler to do on both sides
@@ -427,42 +430,6 @@ def test_attention_names_what_is_wrong(message, tensors, options):
 def test_reference_takes_what_the_kernels_do_not():
     q = torch.randn(1, 6, 2, 8, dtype=torch.float64).transpose(2, 3)  # (1, 6, 8, 2), stride 8
     torch.testing.assert_close(attention(q, q, q), dense(q, q, q)[0])
-
-
-def run_python(code, **environment):
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, env=variables, cwd=Path(module.__file__).parents[1],
-    )  # fmt: skip
-
-
-def test_attention_without_triton_or_interpreter_says_what_to_do():
-    code = """
-import sys
-if {block}: sys.modules["triton"] = None
-import torch
-from kernels.attention import attention
-q = torch.randn(1, 4, 1, 32)
-print(attention(q, q, q).shape)
-try:
-    attention(q, q, q, implementation="triton")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    without = run_python(code.format(block=True)).stdout
-    assert "torch.Size([1, 4, 1, 32])" in without
-    assert "ImportError implementation='triton' needs Triton: pip install triton" in without
-    on_cpu = run_python(code.format(block=False)).stdout
-    assert "ValueError q.device=cpu must be a GPU, or a CPU with TRITON_INTERPRET=1" in on_cpu
-
-
-def test_demo_runs():
-    path = Path(module.__file__)
-    if DEVICE == "cpu":
-        done = subprocess.run([sys.executable, path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] in module.__doc__
 
 
 # on a GPU
