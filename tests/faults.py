@@ -26,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -34,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 train = importlib.import_module("06_train")
 gpt = train.gpt
-gpt.PRESETS["tiny"] = gpt.GPTConfig(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_mlp=64)
+gpt.PRESETS["tiny"] = gpt.GPTConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_mlp=64)
 
-# a few seconds of training that take every path: several epochs, evaluations, checkpoints
+# one or two seconds of training that take every path: several epochs, evaluations, checkpoints
 SMALL = """--model tiny --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
 --warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500 --checkpoint-every 1
 --samples 4 --device cpu""".split()
@@ -182,8 +184,9 @@ def nothing(rng: random.Random) -> None:
     pass
 
 
-def child(argv: list[str], sabotage: Callable, seed: int, errors: Path) -> None:
+def child(argv: list[str], sabotage: Callable, seed: int, errors: Path, environ) -> None:
     """What the process does: the run, sabotaged."""
+    os.environ.update(environ)
     make_small()
     sabotage(random.Random(seed))
     with open(errors, "w", buffering=1) as file, contextlib.redirect_stderr(file):
@@ -200,16 +203,20 @@ class Faults:
     def __init__(self, folder: Path):
         self.folder, self.cache, self.count = folder, folder / "cache", 0
         self.context = multiprocessing.get_context("forkserver")
-        # a parent that has imported torch already: each try saves those seconds
-        self.context.set_forkserver_preload(["torch", "06_train"])
+        # a parent that has imported all of it already: each try saves those seconds
+        self.context.set_forkserver_preload(["pytest", "torch._dynamo", "faults"])
+        # which Python 3.11 looks for in the path that a new process has, and fails to find silently
+        with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent)):
+            forkserver.ensure_running()
         out = folder / "reference"
         assert self.run(out) == 0
         self.reference = numbers_of(out)
 
-    def start(self, out: Path, *more, sabotage: Callable = nothing, seed: int = 0):
-        self.errors = self.folder / f"{out.name}.errors"
-        argv = flags(self.cache, out, *more)
-        process = self.context.Process(target=child, args=(argv, sabotage, seed, self.errors))
+    def start(self, out: Path, *more, sabotage=nothing, seed=0, name: str = "", environ=()):
+        """A run as a process; what it says goes to NAME.errors and NAME.out, NAME being out's."""
+        self.errors = self.folder / f"{name or out.name}.errors"
+        args = flags(self.cache, out, *more), sabotage, seed, self.errors, environ
+        process = self.context.Process(target=child, args=args)
         process.start()
         return process
 
@@ -240,7 +247,7 @@ class Faults:
             process = self.start(out, "--resume")
             while not list(out.glob("step-*")) and process.is_alive():
                 time.sleep(0.005)  # the first kill waits for the first checkpoint
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 0.5))
             process.kill()
             process.join()
         self.goes_on(out)

@@ -3,13 +3,16 @@
 Run: python -m pytest tests/test_06_train.py
 """
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,11 +53,17 @@ def run(capsys, cache, out, *more):
 
 
 @pytest.fixture(scope="module")
-def reference(cache, tmp_path_factory):
-    """A run that nothing disturbed."""
+def finished(cache, tmp_path_factory):
+    """The folder of a run that nothing disturbed, with what it printed beside it. Only to read."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    assert train.main(flags(cache, out)) == 0
-    return numbers_of(out)
+    with open(out.with_name("stdout"), "w") as file, contextlib.redirect_stdout(file):
+        assert train.main(flags(cache, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(finished):
+    return numbers_of(finished)
 
 
 # a run that is broken and goes on
@@ -65,9 +74,8 @@ def broken(tmp_path_factory):
     return faults.Faults(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_train_killed_at_random_moments_gives_the_same_numbers(seed, broken):
-    broken.kills(seed, times=7)
+def test_train_killed_at_random_moments_gives_the_same_numbers(broken):
+    broken.kills(seed=0, times=7)
 
 
 @pytest.mark.parametrize("name", faults.NAMES)
@@ -101,9 +109,9 @@ def test_train_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "changed", "not a checkpoint"])
-def test_train_passes_over_a_damaged_checkpoint(damage, capsys, cache, reference, tmp_path):
+def test_train_passes_over_a_damaged_checkpoint(damage, capsys, cache, finished, tmp_path):
     out = tmp_path / "run"
-    run(capsys, cache, out)
+    shutil.copytree(finished, out)
     newest, before, *_ = train.checkpoint_files(out)
     content = newest.read_bytes()
     if damage == "changed":
@@ -116,7 +124,7 @@ def test_train_passes_over_a_damaged_checkpoint(damage, capsys, cache, reference
     status, stdout, _ = run(capsys, cache, out, "--resume")
     assert status == 0
     assert "is damaged" in stdout and f"resume   at step {int(before.stem.split('-')[1])}" in stdout
-    assert_same(out, reference)
+    assert_same(out, numbers_of(finished))
 
 
 class Trap:
@@ -153,10 +161,9 @@ def test_train_accumulation_gives_the_same_gradient(capsys, cache, reference, tm
 # the guard
 
 
-@pytest.mark.parametrize("bad", [6, 30])
-def test_guard_off_shows_the_crash(bad, broken, monkeypatch, capsys, cache, tmp_path):
+def test_guard_off_shows_the_crash(monkeypatch, capsys, cache, tmp_path):
     backward = train.Run.backward
-    calls = []
+    calls, bad = [], 6
 
     def poisoned(self, *batch):
         loss = backward(self, *batch)
@@ -169,7 +176,7 @@ def test_guard_off_shows_the_crash(bad, broken, monkeypatch, capsys, cache, tmp_
     status, stdout, stderr = run(capsys, cache, tmp_path / "off", "--guard", "off")
     assert status == 2 and f"gradient norm nan at step {bad - 1}" in stderr
     calls.clear()
-    status, stdout, _ = run(capsys, cache, tmp_path / "on")
+    status, stdout, _ = run(capsys, cache, tmp_path / "on", "--max-steps", 8)
     assert status == 0
     assert f"guard    step {bad - 1}, batch {bad - 1}: skip: gradient norm nan" in stdout
     assert "gradient not finite in norm.weight" in stdout
@@ -213,18 +220,15 @@ def test_rewound_run_is_bit_identical_to_one_that_never_saw_the_batches(
     assert metrics[-13:] == wanted[-13:] and metrics[-1]["step"] == 40
 
 
-def test_muon_turns_the_hidden_matrices_and_adamw_the_rest(capsys, cache, reference, tmp_path):
-    out = tmp_path / "run"
-    run(capsys, cache, out)
-    momentum, moments = train.load_checkpoint(out)["optimizers"]
-    assert len(momentum["state"]) == 2 * 4  # layers, each with qkv, out, gate_up, down
+def test_muon_turns_the_hidden_matrices_and_adamw_the_rest(capsys, cache, finished, tmp_path):
+    momentum, moments = train.load_checkpoint(finished)["optimizers"]
+    assert len(momentum["state"]) == 4  # in the one layer: qkv, out, gate_up, down
     assert all(set(state) == {"momentum_buffer"} for state in momentum["state"].values())
-    assert len(moments["state"]) == 1 + 2 * 4 + 1  # the embedding and the gains
-    run(capsys, cache, tmp_path / "adamw", "--optimizer", "adamw")
-    (moments,) = train.load_checkpoint(tmp_path / "adamw")["optimizers"]
-    assert len(moments["state"]) == 1 + 4 * 4 + 1
-    metrics, wanted = (numbers_of(folder)[0][-1] for folder in (tmp_path / "adamw", out))
-    assert metrics["val_nats"] != wanted["val_nats"]
+    assert len(moments["state"]) == 1 + 4 + 1  # the embedding and the gains
+    run(capsys, cache, tmp_path / "run", "--optimizer", "adamw", "--max-steps", 5)
+    (moments,) = train.load_checkpoint(tmp_path / "run")["optimizers"]
+    assert len(moments["state"]) == 1 + 4 + 4 + 1
+    assert numbers_of(tmp_path / "run")[0][1]["loss"] != numbers_of(finished)[0][1]["loss"]
 
 
 def test_rewinding_twice_to_one_checkpoint_goes_to_the_one_before(
@@ -254,7 +258,7 @@ def test_a_run_that_only_spikes_ends_in_one_line(monkeypatch, capsys, cache, tmp
 
 
 def test_best_checkpoint_is_kept(monkeypatch, capsys, cache, tmp_path):
-    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 9.0])
+    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 9.0])  # after each 8 steps; and the last, of all
     monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (next(values), 1.0))
     run(capsys, cache, tmp_path / "run")
     assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")] == [40, 39, 38, 16]
@@ -298,30 +302,30 @@ def test_deterministic_gives_the_same_numbers_on_a_gpu(capsys, cache, tmp_path):
 
 
 def test_two_cooldowns_from_one_trunk_equal_two_full_runs(capsys, cache, tmp_path):
-    trunk = ["--schedule", "constant", "--max-steps", 24]
+    trunk = ["--schedule", "constant", "--max-steps", 8]
     assert run(capsys, cache, tmp_path / "trunk", *trunk)[0] == 0
-    for name, steps, cooldown in (("a", 32, 8), ("b", 40, 16)):
+    for name, steps, cooldown in (("a", 12, 4), ("b", 16, 8)):
         decay = ["--schedule", "wsd", "--max-steps", steps, "--cooldown", cooldown]
         more = [*decay, "--branch", tmp_path / "trunk"]
         status, stdout, _ = run(capsys, cache, tmp_path / name, *more)
-        assert status == 0 and "trunk at step 24" in stdout
+        assert status == 0 and "trunk at step 8" in stdout
         run(capsys, cache, tmp_path / f"full-{name}", *decay)
         wanted, tensors = numbers_of(tmp_path / f"full-{name}")
         metrics, branched = numbers_of(tmp_path / name)
-        assert metrics == wanted[len(wanted) - len(metrics) :] and metrics[0]["step"] == 24
+        assert metrics == wanted[len(wanted) - len(metrics) :] and metrics[0]["step"] == 8
         assert all(torch.equal(branched[x], tensors[x]) for x in tensors)
-    more = ["--schedule", "constant", "--max-steps", 40, "--branch", tmp_path / "trunk"]
-    assert run(capsys, cache, tmp_path / "on", *more)[0] == 0  # the trunk itself goes on
-    run(capsys, cache, tmp_path / "full", "--schedule", "constant")
+    on = ["--schedule", "constant", "--max-steps", 12]  # the trunk itself goes on
+    assert run(capsys, cache, tmp_path / "on", *on, "--branch", tmp_path / "trunk")[0] == 0
+    run(capsys, cache, tmp_path / "full", *on)
     tensors = numbers_of(tmp_path / "full")[1]
     assert all(torch.equal(numbers_of(tmp_path / "on")[1][x], tensors[x]) for x in tensors)
 
 
 def test_branch_in_the_middle_of_its_cooldown_is_refused(capsys, cache, tmp_path):
-    run(capsys, cache, tmp_path / "trunk", "--max-steps", 30, "--schedule", "constant")
-    more = ["--branch", tmp_path / "trunk", "--schedule", "wsd", "--max-steps", 36]
-    status, _, stderr = run(capsys, cache, tmp_path / "out", *more, "--cooldown", 20)
-    assert status == 2 and "has to begin at or after step 30" in stderr
+    run(capsys, cache, tmp_path / "trunk", "--max-steps", 10, "--schedule", "constant")
+    more = ["--branch", tmp_path / "trunk", "--schedule", "wsd", "--max-steps", 16]
+    status, _, stderr = run(capsys, cache, tmp_path / "out", *more, "--cooldown", 9)
+    assert status == 2 and "has to begin at or after step 10" in stderr
     assert run(capsys, cache, tmp_path / "out", *more, "--cooldown", 6)[0] == 0
 
 
@@ -336,16 +340,16 @@ def test_branch_that_only_spikes_keeps_where_it_was_left(monkeypatch, capsys, ca
 
 def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
     trunk, out = tmp_path / "trunk", tmp_path / "out"
-    run(capsys, cache, trunk, "--max-steps", 24, "--schedule", "constant")
-    decay = ["--schedule", "wsd", "--cooldown", 6]
-    argv = ["--branch", trunk, "--out", out, "--max-steps", 30, *decay]
+    run(capsys, cache, trunk, "--max-steps", 8, "--schedule", "constant")
+    decay = ["--schedule", "wsd", "--cooldown", 4]
+    argv = ["--branch", trunk, "--out", out, "--max-steps", 12, *decay]
     assert train.main([str(x) for x in argv]) == 0
     assert train.stored_config(out)["seq_len"] == 64
     assert train.main([str(x) for x in argv] + ["--resume"]) == 0
     for more, wanted in (
         (["--branch", tmp_path / "none"], "the --out folder of a run"),
         (["--branch", trunk, "--seed", 3], "wanted 0, as in the run"),
-        (["--branch", trunk, "--max-steps", 20], "more than the 24 steps"),
+        (["--branch", trunk, "--max-steps", 7], "more than the 8 steps"),
     ):
         status, _, stderr = run(capsys, cache, tmp_path / "new", *more)
         assert status == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
@@ -355,17 +359,30 @@ def test_branch_takes_the_settings_of_its_trunk(capsys, cache, tmp_path):
 
 
 def torchrun(tmp_path, cache, out, *more) -> subprocess.Popen:
-    """The small run in two processes; its output goes to out.log beside the folder."""
+    """The small run in two processes, as the command starts them."""
     script = tmp_path / "small.py"
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport faults\n"
         "faults.make_small()\nsys.exit(faults.train.main(sys.argv[1:]))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    log = open(tmp_path / "out.log", "w")  # noqa: SIM115 (the process has it)
-    return subprocess.Popen(
-        [*launch, str(script), *flags(cache, out, *more)], stdout=log, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen([*launch, str(script), *flags(cache, out, *more)])
+
+
+def pair(broken, out, *more) -> str:
+    """The same two processes without the command, which takes ten seconds; what they print."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free now
+    processes, printed = [], []
+    for rank in "01":
+        environ = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environ["MASTER_PORT"] = str(port)
+        processes.append(broken.start(out, *more, name=out.name + rank, environ=environ))
+        printed.append(broken.errors.with_suffix(".out"))
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    return "".join(path.read_text() for path in printed)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -387,42 +404,36 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def shared_reference(cache, tmp_path_factory):
-    """The small run in two processes that nothing disturbed; and what it printed."""
-    folder = tmp_path_factory.mktemp("shared")
-    assert torchrun(folder, cache, folder / "run").wait(timeout=300) == 0
-    return numbers_of(folder / "run"), (folder / "out.log").read_text()
+def shared(broken):
+    """The folder of the small run in two processes that nothing disturbed; what it printed."""
+    out = broken.new()
+    return out, pair(broken, out)
 
 
-def test_two_processes_train_like_one(reference, shared_reference):
+def test_two_processes_train_like_one(reference, shared):
     """The same batches; sums of float32 in another order are all that differs, and it grows."""
-    (metrics, _), log = shared_reference
-    wanted_metrics, _ = reference
+    out, printed = shared
+    metrics, wanted_metrics = numbers_of(out)[0], reference[0]
     assert [m["step"] for m in metrics] == [m["step"] for m in wanted_metrics]
     for ours, wanted in zip(metrics, wanted_metrics):
         for name in ours.keys() & {"loss", "val_nats"}:
             rel = 1e-6 if ours["step"] <= 5 else 1e-3
             assert ours[name] == pytest.approx(wanted[name], rel=rel), ours["step"]
-    assert log.count("machine  ") == 1 and log.count("val_nats: ") == 1  # one of them prints
+    assert printed.count("machine  ") == 1 and printed.count("val_nats: ") == 1  # by one of them
 
 
-def test_a_killed_process_ends_all_and_the_run_goes_on(shared_reference, cache, tmp_path):
-    (wanted_metrics, wanted_tensors), _ = shared_reference
-    out = tmp_path / "run"
-    process = torchrun(tmp_path, cache, out)
-    deadline = time.time() + 200
-    while not (out / "metrics.jsonl").exists() or '"step": 12' not in (
-        out / "metrics.jsonl"
-    ).read_text():
+def test_a_killed_process_ends_all_and_the_run_goes_on(shared, broken, tmp_path):
+    out = broken.new()
+    process = torchrun(tmp_path, broken.cache, out)
+    deadline, metrics = time.time() + 200, out / "metrics.jsonl"
+    while not metrics.exists() or '"step": 12' not in metrics.read_text():
         assert time.time() < deadline and process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=100) != 0
-    assert train.load_checkpoint(out)["step"] < 40
-    assert torchrun(tmp_path, cache, out, "--resume").wait(timeout=200) == 0
-    metrics, tensors = numbers_of(out)
-    assert metrics == wanted_metrics
-    assert all(torch.equal(tensors[name], wanted_tensors[name]) for name in wanted_tensors)
+    assert 0 < train.load_checkpoint(out)["step"] < 40
+    assert "resume   at step" in pair(broken, out, "--resume")
+    assert_same(out, numbers_of(shared[0]))
 
 
 def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, cache, tmp_path):
@@ -454,36 +465,35 @@ def saved_bytes(objective, x, y) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["0.5m", "8m", "27m"])
 def test_plan_knows_what_autograd_saves(name, dtype):
-    config = train.Config(model=name, vocab_size=4096, seq_len=128, batch_size=2)
+    config = train.Config(model=name, vocab_size=4096, seq_len=32, batch_size=2)
     model = gpt.GPT(train.shape_of(config, config.vocab_size))
     parts = train.memory_parts(config, model, "cpu", dtype)
-    ids = torch.randint(4096, (2, 129))
+    ids = torch.randint(4096, (2, 33))
     measured = saved_bytes(train.Objective(model, dtype, "torch"), ids[:, :-1], ids[:, 1:])
     known = parts["activations"] + parts["gradients at the head"]
     assert known == pytest.approx(measured, rel=0.02)
 
 
 MEASURE = """
-import importlib, re, sys, torch
+import importlib, re, sys, torch, torch._dynamo  # which the first update would import
 sys.path[:0] = [{root!r}]
 train = importlib.import_module("06_train")
 torch.set_num_threads(1)
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=4)
+config = train.Config(model="8m", vocab_size=4096, seq_len=512, batch_size=3)
 model = train.gpt.GPT(train.shape_of(config, 4096))
 parts = train.memory_parts(config, model, "cpu", torch.float32)
 objective = train.Objective(model, torch.float32, "torch")
-ids = torch.randint(4096, (4, 513))
+ids = torch.randint(4096, (3, 513))
 objective(ids[:1, :8], ids[:1, 1:9]).backward()
 model.zero_grad()
 program = status("VmRSS") - parts["weights"]
-optimizers = train.make_optimizers(config, model)
-for _ in range(2):
-    objective(ids[:, :-1], ids[:, 1:]).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad()
+objective(ids[:, :-1], ids[:, 1:]).backward()
+for optimizer in train.make_optimizers(config, model):
+    optimizer.step()
+model.zero_grad()
+objective(ids[:, :-1], ids[:, 1:]).backward()  # the height, now that there are moments
 print(status("VmHWM"), program + sum(parts.values()))
 """
 
@@ -517,32 +527,33 @@ def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
 
 def test_report_sees_every_evaluation_and_may_end_the_run(cache, tmp_path):
     seen = []
-    config = train.resolve(train.read_flags(flags(cache, tmp_path / "whole")))
+    config = train.resolve(train.read_flags(flags(cache, tmp_path / "whole", "--max-steps", 20)))
     results = train.train(config, lambda step, nats: seen.append((step, nats)))
     metrics, _ = numbers_of(tmp_path / "whole")
     assert seen == [(m["step"], m["val_nats"]) for m in metrics if "val_nats" in m]
-    assert seen[-1] == (40, results["val_nats"])
+    assert seen[-1] == (20, results["val_nats"]) and len(seen) == 3
 
     def enough(step, nats):
-        if step == 16:
+        if step == 8:
             raise KeyboardInterrupt
 
     config = train.resolve(train.read_flags(flags(cache, tmp_path / "short")))
     with pytest.raises(KeyboardInterrupt):
         train.train(config, enough)
-    assert train.load_checkpoint(tmp_path / "short")["step"] == 15
+    assert train.load_checkpoint(tmp_path / "short")["step"] == 7
 
 
 def test_track_mlflow_holds_the_lines_of_metrics(monkeypatch, capsys, cache, tmp_path):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert run(capsys, cache, tmp_path / "run", "--track", "mlflow")[0] == 0
+    more = ["--track", "mlflow", "--max-steps", 9]
+    assert run(capsys, cache, tmp_path / "run", *more)[0] == 0
     metrics, _ = numbers_of(tmp_path / "run")
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("06_train")
     (theirs,) = client.search_runs([experiment.experiment_id])
-    assert theirs.info.status == "FINISHED" and theirs.data.params["max_steps"] == "40"
+    assert theirs.info.status == "FINISHED" and theirs.data.params["max_steps"] == "9"
     for name in ("loss", "val_nats"):
         history = client.get_metric_history(theirs.info.run_id, name)
         wanted = [(m["step"], m[name]) for m in metrics if name in m]
@@ -550,7 +561,8 @@ def test_track_mlflow_holds_the_lines_of_metrics(monkeypatch, capsys, cache, tmp
 
 
 def test_track_wandb_leaves_offline_files(capsys, cache, tmp_path):
-    assert run(capsys, cache, tmp_path / "run", "--track", "wandb")[0] == 0
+    more = ["--track", "wandb", "--max-steps", 9]
+    assert run(capsys, cache, tmp_path / "run", *more)[0] == 0
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert all(name in content for name in (b"val_nats", b"gnorm", b"learning_rate"))
@@ -572,27 +584,27 @@ def test_card_is_found_by_its_name(name, tflops, monkeypatch):
 
 
 def test_dollars_are_price_times_time(capsys, cache, tmp_path):
-    status, stdout, _ = run(capsys, cache, tmp_path / "run", "--dollars-per-hour", 7.2)
+    more = ["--dollars-per-hour", 7.2, "--max-steps", 5]
+    _, stdout, _ = run(capsys, cache, tmp_path / "run", *more)
     figures = dict(re.findall(r"^(\w+): (\S+)$", stdout, flags=re.MULTILINE))
     assert float(figures["dollars"]) == pytest.approx(float(figures["seconds"]) * 0.002)
 
 
-def test_results_add_up(capsys, cache, tmp_path):
-    status, stdout, _ = run(capsys, cache, tmp_path / "run")
+def test_results_add_up(finished):
+    stdout = finished.with_name("stdout").read_text()
     figures = dict(re.findall(r"^(\w+): (\S+)$", stdout, flags=re.MULTILINE))
-    assert status == 0
     assert list(figures) == [
         "val_nats", "floor_nats", "val_bpb", "tokens", "seconds", "tokens_per_second",
         "peak_memory_gb", "parameters",
     ]  # fmt: skip
     losses = [float(loss) for loss in re.findall(r"\| loss (\S+) nats", stdout)]
-    assert losses[0] == pytest.approx(math.log(300), abs=0.1) and losses[-1] < losses[0] - 1
+    assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < losses[0] - 1
 
     # the same three figures from the checkpoint, torch's loss, and one story at a time
-    vocabulary = bpe.Vocabulary.load(tmp_path / "run" / "vocabulary.json")
+    vocabulary = bpe.Vocabulary.load(finished / "vocabulary.json")
     config = gpt.GPTConfig(**{**vars(gpt.PRESETS["tiny"]), "vocab_size": 300, "seq_len": 64})
     model = gpt.GPT(config)
-    model.load_state_dict(train.load_checkpoint(tmp_path / "run")["model"])
+    model.load_state_dict(train.load_checkpoint(finished)["model"])
     drawn = list(stories.corpus(20, seed=1))
     ids = [vocabulary.end]
     for text, _ in drawn:
@@ -611,22 +623,19 @@ def test_results_add_up(capsys, cache, tmp_path):
     assert float(figures["floor_nats"]) == pytest.approx(floor, abs=1e-9)
 
 
-def test_sample_continues_the_prompt(capsys, cache, tmp_path):
-    out = tmp_path / "run"
-    run(capsys, cache, out)
-    status, stdout, _ = run(capsys, cache, out, "--sample", "Once upon a time,")
+def test_sample_continues_the_prompt(capsys, cache, finished):
+    status, stdout, _ = run(capsys, cache, finished, "--sample", "Once upon a time,")
     assert status == 0 and stdout.startswith("Once upon a time,") and len(stdout) > 30
-    assert run(capsys, cache, out, "--sample", "Once upon a time,")[1] == stdout
-    assert run(capsys, cache, out, "--sample", "Once upon a time,", "--seed", 0)[1] == stdout
+    assert run(capsys, cache, finished, "--sample", "Once upon a time,")[1] == stdout
+    assert run(capsys, cache, finished, "--sample", "Once upon a time,", "--seed", 0)[1] == stdout
 
 
-def test_export_goes_on_in_transformers_like_sample_here(capsys, cache, tmp_path):
+def test_export_goes_on_in_transformers_like_sample_here(capsys, cache, finished, tmp_path):
     transformers = pytest.importorskip("transformers")
-    out, folder = tmp_path / "run", tmp_path / "exported"
-    run(capsys, cache, out)
-    status, stdout, _ = run(capsys, cache, out, "--export", folder)
+    folder = tmp_path / "exported"
+    status, stdout, _ = run(capsys, cache, finished, "--export", folder)
     assert status == 0 and str(folder) in stdout
-    _, ours, _ = run(capsys, cache, out, "--sample", "Once upon", "--temperature", 0)
+    _, ours, _ = run(capsys, cache, finished, "--sample", "Once upon", "--temperature", 0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer("Once upon", return_tensors="pt")
@@ -648,7 +657,7 @@ def test_train_on_a_file(capsys, cache, tmp_path):
     text = "\n<|endoftext|>\n".join(story for story, _ in stories.corpus(300, seed=7))
     path = tmp_path / "mine.txt"
     path.write_text(text)
-    status, stdout, _ = run(capsys, cache, tmp_path / "run", "--data", path)
+    status, stdout, _ = run(capsys, cache, tmp_path / "run", "--data", path, "--max-steps", 5)
     assert status == 0 and "floor_nats" not in stdout and "mine.txt" in stdout
 
 
@@ -656,9 +665,9 @@ def test_resume_after_the_text_has_changed_is_one_line(capsys, cache, tmp_path):
     path, out = tmp_path / "mine.txt", tmp_path / "run"
     texts = [story for story, _ in stories.corpus(300, seed=7)]
     path.write_text("\n<|endoftext|>\n".join(texts))
-    run(capsys, cache, out, "--data", path, "--max-steps", 10)
+    run(capsys, cache, out, "--data", path, "--max-steps", 4)
     path.write_text("\n<|endoftext|>\n".join(text.swapcase() for text in texts))
-    status, _, stderr = run(capsys, cache, out, "--data", path, "--max-steps", 10, "--resume")
+    status, _, stderr = run(capsys, cache, out, "--data", path, "--max-steps", 4, "--resume")
     assert status == 2 and "has changed since" in stderr and stderr.count("\n") == 1
 
 
