@@ -38,16 +38,16 @@ Sources: random before grid: Bergstra & Bengio 2012; TPE: Bergstra et al. 2011, 
 (1603.06560); ASHA: Li et al. 2018 (1810.05934), its stopping forms: optuna 5.0.0's pruner and
 ray 2.60's scheduler; median rule: Vizier, Golovin et al. 2017.
 
-Run: `python 07_sweep.py` (168 s of CPU time, most of it in 06_train.py, on an AMD EPYC (Zen 3))
+Run: `python 07_sweep.py` (164 s of CPU time, most of it in 06_train.py, on an AMD EPYC (Zen 3))
 prints, from seed 0,
 
     ASHA over 34 runs of 06_train.py, the best four, nats/token
 
-    trial  state  step   value  learning_rate  weight_decay  warmup_steps  tokens     s
-       12   done   180  2.0516       0.001313       0.07795             1  44,497  52.9
-        6   done   180  2.0862       0.001149      0.004364             4  44,126  34.6
-       24   done   180  2.1430      0.0009733       0.00287             2  44,101   9.2
-        5   done   180  2.2285      0.0008141       0.04398             2  44,561  38.3
+    trial  state  step   value  learning_rate  weight_decay  warmup_steps  tokens    s
+       12   done   180  2.0516       0.001313       0.07795             1  44,497  8.4
+        6   done   180  2.0862       0.001149      0.004364             4  44,126  8.2
+       24   done   180  2.1430      0.0009733       0.00287             2  44,101  8.3
+        5   done   180  2.2285      0.0008141       0.04398             2  44,561  8.2
 
     learning_rate    1e-05 |.. . .       ..421  8... ..    .    .   .| 1
     weight_decay     0.001 |    7 3.2. . 9. .  . .46.1     .  ..  5..| 1
@@ -478,12 +478,8 @@ class Grid(Checked):
         """The combinations in order, the last name fastest."""
         found = [{}]
         for param in space.params:
-            values = param.kind.grid(self.points)
-            found = [
-                {**point, param.name: value} if param.active(point) else point
-                for point in found
-                for value in (values if param.active(point) else [None])
-            ]
+            more = [{param.name: value} for value in param.kind.grid(self.points)]
+            found = [p | one for p in found for one in (more if param.active(p) else [{}])]
         return found
 
     def suggest(self, space: Space, seed: int, index: int, trials: list[Trial]) -> dict:
@@ -1031,16 +1027,15 @@ class OnRay:
         ray = needed("ray", "--executor ray")
         address = os.environ.get("RAY_ADDRESS", "local")
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
-        settings: dict = {"runtime_env": {"env_vars": paths}, "log_to_driver": False}
-        settings["logging_level"] = logging.ERROR
-        if address == "local":
+        settings = {"runtime_env": {"env_vars": paths}, "logging_level": logging.ERROR}
+        if address == "local":  # object_store_memory, bytes: only reports go through it
             settings |= {"num_cpus": workers, "include_dashboard": False}
-            settings |= {"object_store_memory": 10**8}  # bytes: only reports go through it
+            settings |= {"object_store_memory": 10**8}
         host, _, port = address.split("://")[-1].rpartition(":")
         try:
             if host:  # where nobody answers Ray would wait for ever
                 socket.create_connection((host, int(port)), timeout=5).close()
-            ray.init(address, **settings)
+            ray.init(address, log_to_driver=False, **settings)
         except Exception as error:  # Ray raises several kinds where no cluster answers
             raise SweepError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
         return ray
