@@ -1347,10 +1347,11 @@ class Study:
         for trial in self.trials:
             if trial.state in ("queued", "running") and trial not in busy:
                 return trial
-        promoted = self.rule.promote(self.rungs, self.states, self.total)
+        total = self.total
+        promoted = self.rule.promote(self.rungs, self.states, total)
         if promoted is not None:
             return self.trials[promoted]
-        return self.ask() if len(self.trials) < self.total else None
+        return self.ask() if len(self.trials) < total else None
 
     def run(
         self, limits: Limits, workers: int = 1, show: bool = True, executor: str = "local"
@@ -1419,11 +1420,11 @@ class Study:
         spent, limits = self.spent(), self.limits
         shares = [spent[name] / getattr(limits, name) for name in spent if getattr(limits, name)]
         halted = over + count["paused"]  # most of those that pause will not be taken up again
-        shares.append(halted / self.total)
+        total, best = self.total, self.best
+        shares.append(halted / total)
         share = max(shares) if halted else 0.0  # earlier it would be a wild guess
-        best = self.best
         return (
-            f"{over}/{'?' if self.total == math.inf else self.total} trials | "
+            f"{over}/{'?' if total == math.inf else total} trials | "
             + (f"best {best.value:.4f} (trial {best.index}) | " if best else "")
             + " ".join(f"{state} {n}" for state, n in sorted(count.items()))
             + f" | {spent['tokens']:,} tokens | {spent['seconds']:.0f} s"
