@@ -1,6 +1,5 @@
 """Tests of kernels/linear_cross_entropy.py: against torch in float64, by property, and its memory.
 
-The file as a whole (its demo, Triton missing, no GPU) is tested in test_kernels_cross_entropy.py.
 Run: python -m pytest tests/test_kernels_linear_cross_entropy.py
 """
 
