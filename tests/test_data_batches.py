@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_data_batches.py
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -239,16 +240,21 @@ def test_story_rows_find_an_end_at_every_piece_boundary(monkeypatch, scan):
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(1, 50), st.integers(1, 9), st.booleans(), st.integers(0, 2**32))
+@given(
+    LENGTHS, st.integers(1, 50), st.integers(1, 9), st.booleans(), st.integers(0, 2**32),
+    st.booleans(),
+)  # fmt: skip
 def test_batch_targets_are_inputs_shifted_and_padding_ignored(
-    lengths, seq_len, batch_size, whole, seed
+    lengths, seq_len, batch_size, whole, seed, trim
 ):
     ids = flat(made_up(lengths))
     rows = batches.story_rows(ids, END, seq_len) if whole else batches.block_rows(len(ids), seq_len)
-    data = batches.Batches(ids, rows, batch_size, seq_len, seed)
+    data = batches.Batches(ids, rows, batch_size, seq_len, seed, trim=trim)
     for step in range(3):
         inputs, targets, count = data.batch(step)
-        assert inputs.shape == targets.shape == (batch_size, seq_len)
+        longest = max(rows[1][row] for row in data.rows_of(step))
+        width = min(seq_len, math.ceil(longest / 8) * 8) if trim else seq_len
+        assert inputs.shape == targets.shape == (batch_size, width)
         assert inputs.dtype == targets.dtype == torch.int64
         assert count == int((targets != batches.IGNORE).sum()) and type(count) is int
         for x, y, row in zip(inputs.tolist(), targets.tolist(), data.rows_of(step)):
@@ -256,17 +262,18 @@ def test_batch_targets_are_inputs_shifted_and_padding_ignored(
             assert x[:length] == ids[start : start + length].tolist()
             assert y[:length] == ids[start + 1 : start + 1 + length].tolist()
             assert x[1:length] == y[: length - 1]
-            assert y[length:] == [-100] * (seq_len - length)
+            assert y[length:] == [-100] * (width - length)
             assert all(0 <= token < 2**16 for token in x)  # an embedding has a row for padding too
 
 
+@pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 10, 16, 45])
-def test_batch_depends_on_seed_and_step_only(batch_size):
+def test_batch_depends_on_seed_and_step_only(batch_size, trim):
     ids = numbered(101)
     rows = batches.block_rows(len(ids), 10)  # 10 rows: the steps go through many epochs
 
     def fresh(seed=5):
-        return batches.Batches(ids, rows, batch_size, 10, seed)
+        return batches.Batches(ids, rows, batch_size, 10, seed, trim=trim)
 
     one = fresh()
     forward = [one.batch(step) for step in range(40)]
@@ -292,6 +299,26 @@ def test_batch_has_each_row_once_per_epoch(rows, batch_size):
     if rows >= 10:
         assert list(range(rows)) not in epochs
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_trimmed_batches_are_those_of_a_pool_by_length(batch_size):
+    """The same rows in every POOL batches, lengths apart, and not from short to long each time."""
+    rng = np.random.default_rng(0)
+    ids = flat(made_up(rng.integers(0, 40, 500)))
+    rows = batches.story_rows(ids, END, 40)
+    plain, trimmed = (batches.Batches(ids, rows, batch_size, 40, 1, trim=t) for t in (False, True))
+    ascending = []
+    for pool in range(20):
+        steps = range(pool * batches.POOL, (pool + 1) * batches.POOL)
+        of = [trimmed.rows_of(step) for step in steps]
+        assert sorted(np.concatenate(of)) == sorted(np.concatenate([*map(plain.rows_of, steps)]))
+        spans = sorted((min(rows[1][r]), max(rows[1][r])) for r in of)
+        assert all(longest <= next_[0] for (_, longest), next_ in zip(spans, spans[1:]))
+        ascending.append(spans == [(min(rows[1][r]), max(rows[1][r])) for r in of])
+    assert not any(ascending[:2]) and sum(ascending) < 5
+    x, y, _ = trimmed.batch(3, rank=0, size=2)  # a process's own rows are cut to their own width
+    assert 0 <= x.shape[1] - rows[1][trimmed.rows_of(3)[::2]].max() < 8 and x.shape == y.shape
 
 
 def test_batch_shuffles_seeds_and_epochs_apart():
