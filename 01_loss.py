@@ -67,10 +67,10 @@ except ImportError:
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
-# Most logits that a chunk of `linear_cross_entropy` holds unless told otherwise: on a CPU 32 MiB
-# of float32, 2048 tokens at V = 4096, the fastest of 256 ... 2048 on 2 cores of an AMD EPYC; on
-# other devices 512 MiB, because a GPU needs large matrix products to be busy.
-CHUNK_LOGITS_CPU = 2**23
+# Most logits that a chunk of `linear_cross_entropy` holds unless told otherwise: on a CPU 16 MiB
+# of float32, 1024 tokens at V = 4096: on 2 cores of an AMD EPYC fewer take longer and more gain
+# nothing; on other devices 512 MiB, because a GPU needs large matrix products to be busy.
+CHUNK_LOGITS_CPU = 2**22
 CHUNK_LOGITS = 2**27
 
 

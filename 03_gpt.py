@@ -140,25 +140,21 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * matrices + 12 * config.n_layer * config.seq_len * c
 
 
-def activation_bytes(
-    config: GPTConfig, tokens: int, dtype: torch.dtype = torch.float32
-) -> int:
+def activation_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that the forward pass of so many tokens keeps for the backward pass.
 
-    dtype: of matrix products, float32 or autocast's. The residual stream stays in float32. This is
-    the path without Triton.
+    dtype: of matrix products, float32 or autocast's. This is the path of a CPU.
     """
     C, M, H, G, D = (
         config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
     )  # fmt: skip
-    residual = 2 * (C + 1)  # what enters the two norms, and rstd
-    heads = (H + G if config.qk_norm else 0) + H  # rstd of queries and keys, softmax's log-sum
+    scales = 2 + (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
+    # x_hat of the two norms, q|k|v, q|k turned, what attention gives, gate|up
     narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M
-    # that is: what the norms give, q|k|v, q|k turned, what attention gives, gate|up
-    per_layer = 4 * (residual + heads) + dtype.itemsize * narrow
-    copies = 0  # of the weights of W_qkv, W_out and W_gate_up, in autocast's dtype
+    per_layer = 4 * scales + dtype.itemsize * narrow
+    copies = 0  # of the weights of W_out, in autocast's dtype
     if dtype != torch.float32:
-        copies = dtype.itemsize * config.n_layer * C * ((H + 2 * G) * D + C + 2 * M)
+        copies = dtype.itemsize * config.n_layer * C * C
     return tokens * (config.n_layer * per_layer + 4 * (C + 1)) + copies
 
 
@@ -214,6 +210,54 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") 
     return (F.rms_norm(wide, wide.shape[-1:], eps=eps) * gain).to(x.dtype)  # the same numbers
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a matrix product of x runs: autocast's where that is on, else its own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast spares float64
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class NormedLinear(torch.autograd.Function):
+    """rms_norm(x, gain) @ weight.T, keeping x_hat = x * rstd alone, in the product's own type.
+
+    With h = x_hat * gain, and dh = dy @ weight:
+        dL/dweight = dy^T h,   dL/dgain = sum of dh * x_hat over the tokens
+        dL/dx = rstd * (slope - x_hat * mean(slope * x_hat)),   slope = dh * gain
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain, weight, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        x_hat = (wide * rstd).to(product_dtype(x))  # (..., C)
+        ctx.save_for_backward(x_hat, rstd, gain, weight)
+        ctx.dtype = x.dtype
+        return F.linear(x_hat * gain.to(x_hat.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_hat, rstd, gain, weight = ctx.saved_tensors
+        h = x_hat * gain.to(x_hat.dtype)
+        d_weight = dy.flatten(0, -2).T @ h.flatten(0, -2)
+        slope = (dy @ weight.to(dy.dtype)).to(rstd.dtype)
+        product = slope * x_hat
+        d_gain = product.flatten(0, -2).sum(0)
+        mean = product.mul_(gain).mean(-1, keepdim=True)
+        dx = slope.mul_(gain).addcmul_(x_hat, mean, value=-1).mul_(rstd)
+        return dx.to(ctx.dtype), d_gain, d_weight.to(weight.dtype), None
+
+
+def normed_linear(
+    x: Tensor, gain: Tensor, weight: Tensor, eps: float, implementation: str = "auto"
+) -> Tensor:
+    """rms_norm(x, gain) @ weight.T: x (..., C), gain (C,), weight (N, C). No second derivative."""
+    if use_triton(implementation, x) or not torch.is_grad_enabled():
+        return F.linear(rms_norm(x, gain, eps, implementation), weight)
+    return NormedLinear.apply(x, gain, weight, eps)
+
+
 def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle t * theta^(-2i/D): two float32 tensors (seq_len, D/2)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (D/2,)
@@ -221,14 +265,94 @@ def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tenso
     return angle.cos().float(), angle.sin().float()
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back; nothing of x is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return turned(dy, cos, -sin), None, None
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x_i, x_{i+D/2}) of every head turned by its position's angle.
 
     Args: x (B, T, H, D); cos, sin (T, D/2), the table's rows for these T positions.
     """
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # (T, 1, D/2)
-    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return Rotation.apply(x, cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))
+
+
+def by_key_head(x: Tensor, G: int) -> Tensor:
+    """x (B, T, H, D) as (B * G, T * H/G, D): at each position the heads that share a key head."""
+    B, T, H, D = x.shape
+    return x.unflatten(2, (G, H // G)).transpose(1, 2).reshape(B * G, T * H // G, D)
+
+
+def by_position(x: Tensor, shape: torch.Size, G: int) -> Tensor:
+    """The tensor of that shape (B, T, H, D) of which by_key_head made x."""
+    B, T, H, D = shape
+    return x.view(B, G, T, H // G, D).transpose(1, 2).reshape(shape)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention in plain torch that never holds all the scores: FlashAttention's idea.
+
+    Queries are taken in blocks, each against the keys up to its own end, so that the scores of a
+    block stay in the cache and most of those that the mask forbids are never computed. Backward
+    computes p = softmax(s) of s = q k^T / sqrt(D) again, and with dp = dy v^T:
+        dv = p^T dy,   ds = p * (dp - sum of p * dp over the keys),
+        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
+    Below sqrt(D) has gone into q. On a CPU this takes less time than torch's fused kernel.
+    """
+
+    @staticmethod
+    def blocks(q, k):
+        """Each block's rows of q, the number of keys that they see, and their weights p."""
+        T, R = k.shape[1], q.shape[1] // k.shape[1]
+        size = 256 // q.dtype.itemsize  # positions: 128 in bfloat16, 64 in float32
+        for first in range(0, T, size):
+            last = min(first + size, T)
+            rows = slice(first * R, last * R)
+            scores = q[:, rows] @ k[:, :last].mT  # (B G, n R, last)
+            future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
+            scores[..., first:].masked_fill_(future.repeat_interleave(R, 0), -math.inf)
+            yield rows, last, torch.softmax(scores, -1)
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        shape, G, scale = q.shape, k.shape[2], q.shape[-1] ** -0.5
+        q, k, v = (by_key_head(x, G) for x in (q * scale, k, v))
+        y = torch.empty_like(q)
+        for rows, end, p in BlockAttention.blocks(q, k):
+            y[:, rows] = p @ v[:, :end]
+        return by_position(y, shape, G)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v = ctx.saved_tensors
+        shapes, G, scale = (q.shape, k.shape, v.shape), k.shape[2], q.shape[-1] ** -0.5
+        q, k, v, dy = (by_key_head(x, G) for x in (q * scale, k, v, dy))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, end, p in BlockAttention.blocks(q, k):
+            dv[:, :end].baddbmm_(p.mT, dy[:, rows])
+            dp = dy[:, rows] @ v[:, :end].mT
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, rows] = ds @ k[:, :end]
+            dk[:, :end].baddbmm_(ds.mT, q[:, rows])
+        gradients = zip((dq.mul_(scale), dk, dv), shapes)
+        return tuple(by_position(x, shape, G) for x, shape in gradients)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> Tensor:
@@ -239,10 +363,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
 
     Args:
         q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
-        implementation: "reference" writes the maths out; "torch" is torch's fused kernel, which
-            never holds the (T, S) scores; "triton" is ours, where T = S (else "torch"); "auto" is
-            "triton" on a GPU, for a head dimension that it takes, and "torch" elsewhere.
-    Returns: (B, T, H, D).
+        implementation: "reference" writes the maths out; "torch" is torch's fused kernel, and
+            `BlockAttention` for training on a CPU, which never hold the (T, S) scores; "triton" is
+            ours, where T = S (else "torch"); "auto" is "triton" on a GPU, for a head dimension
+            that it takes, and "torch" elsewhere.
+    Returns: (B, T, H, D). No second derivative but by "reference".
     """
     if implementation not in (*IMPLEMENTATIONS, "reference"):
         wanted = "one of " + ", ".join(map(repr, (*IMPLEMENTATIONS, "reference")))
@@ -251,6 +376,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
     S, G = k.shape[1:3]
     if T == S and use_triton(implementation, q) and (implementation == "triton" or D in HEAD_DIMS):
         return fused_attention(q, k, v, implementation="triton")
+    training = T == S and torch.is_grad_enabled() and implementation != "reference"
+    if training and q.device.type == "cpu":
+        return BlockAttention.apply(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, D)
     visible = None
     if 1 < T < S or implementation == "reference":
@@ -304,9 +432,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor:
         H, G = self.config.n_head, self.config.n_kv_head
-        qkv = self.qkv(x).unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
+        eps, implementation = self.config.norm_eps, self.config.implementation
+        qkv = normed_linear(x, gain, self.qkv.weight, eps, implementation)
+        qkv = qkv.unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
         q, k, v = self.positioned(qkv, cos, sin)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, S, G, D)
@@ -352,15 +484,14 @@ class GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate_up, weight = ctx.saved_tensors
-        wide = torch.promote_types(gate_up.dtype, torch.float32)
-        gate, up = gate_up.to(wide).chunk(2, dim=-1)  # (..., M) each
-        s = torch.sigmoid(gate)
-        silu = gate * s
-        d_weight = dy.flatten(0, -2).T @ (silu * up).to(dy.dtype).flatten(0, -2)  # (C, M)
+        d_gate_up = torch.empty_like(gate_up)
+        (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=-1), d_gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)  # (..., M)
+        d_weight = dy.flatten(0, -2).T @ (silu * up).flatten(0, -2)  # (C, M)
         dh = dy @ weight.to(dy.dtype)  # (..., M)
-        d_gate = torch.addcmul(s, silu, 1 - s).mul_(dh).mul_(up)
-        d_gate_up = torch.cat((d_gate, silu.mul_(dh)), dim=-1)
-        return d_gate_up.to(gate_up.dtype), d_weight.to(weight.dtype)
+        torch.mul(dh, silu, out=d_up)
+        torch.ops.aten.silu_backward(dh.mul_(up), gate, grad_input=d_gate)
+        return d_gate_up, d_weight.to(weight.dtype)
 
 
 class MLP(nn.Module):
@@ -372,8 +503,9 @@ class MLP(nn.Module):
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_mlp, bias=False)  # rows: gate, up
         self.down = nn.Linear(config.d_mlp, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)  # (B, T, 2M)
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        eps, implementation = self.config.norm_eps, self.config.implementation
+        gate_up = normed_linear(x, gain, self.gate_up.weight, eps, implementation)  # (B, T, 2M)
         if use_triton(self.config.implementation, gate_up):
             return self.down(fused_swiglu(gate_up, implementation="triton"))  # (B, T, C)
         if torch.is_grad_enabled():
@@ -390,8 +522,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(x, self.attention_norm.weight, cos, sin, cache)
+        return x + self.mlp(x, self.mlp_norm.weight)
 
 
 def next_token_probabilities(
