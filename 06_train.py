@@ -778,6 +778,7 @@ def make_optimizers(config: Config, model: gpt.GPT) -> list[torch.optim.Optimize
     if config.optimizer == "muon":
         hidden, named = muon.split_parameters(named)
         settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        settings["dtype"], _ = pick_dtype(config.dtype, hidden[0][1].device)
         optimizers.append(muon.Muon(hidden, config.muon_learning_rate, **settings))
     optimizers.append(
         adamw.AdamW(
@@ -998,8 +999,9 @@ def train_together(
         rows = batches.block_rows(len(data.train), config.seq_len)
     val_rows = batches.story_rows(data.val, end, config.seq_len)
     size = (config.batch_size, config.seq_len, config.seed, device)
-    source = batches.Batches(data.train, rows, *size)
-    val = batches.Batches(data.val, val_rows, *size)
+    trim = device.type == "cpu" and not config.compile  # else batches have to be of one shape
+    source = batches.Batches(data.train, rows, *size, trim)
+    val = batches.Batches(data.val, val_rows, *size, trim)
     token_bytes = torch.tensor(data.vocabulary.token_bytes, device=device)  # (V,)
 
     # 2. model and optimiser
@@ -1224,7 +1226,7 @@ def plan(config: Config) -> None:
         f"{tokens:,} positions at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
-    print(f"memory   here, with {dtype}, accumulate {config.accumulate}")
+    print(f"memory   here, with {dtype}, accumulate {config.accumulate}, rows full")
     parts = memory_parts(config, model, device.type, dtype)  # bytes
     total = sum(parts.values()) / 1e9
     for name, size in parts.items():

@@ -114,12 +114,15 @@ def orthogonalise(
     steps: int = 5,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = EPS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The matrix with its singular vectors kept and its singular values moved into `BAND`.
 
-    Args: matrix (..., M, N) float, each one by itself; it is not changed.
-    Returns: the same shape and dtype. On GPUs the products are in bfloat16, elsewhere in float32
-    (float64 for float64). A zero matrix stays zero, one with a norm far below eps / 485 small.
+    Args:
+        matrix (..., M, N) float, each one by itself; it is not changed.
+        dtype: of the products; None is bfloat16 on GPUs, elsewhere float32 (float64 for float64).
+    Returns: matrix's shape and dtype. A zero matrix stays zero, one with a norm far below eps / 485
+    small.
     Raises: ValueError for fewer than two axes, and for integers and complex numbers.
     """
     if matrix.ndim < 2 or not matrix.is_floating_point():
@@ -131,8 +134,7 @@ def orthogonalise(
     X = matrix if wide else matrix.mT  # A = X X^T is then the smaller of the two
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=eps)
-    if X.is_cuda:
-        X = X.bfloat16()
+    X = X.to(dtype or (torch.bfloat16 if X.is_cuda else X.dtype))
     for _ in range(steps):
         A = X @ X.mT  # (..., n, n)
         X = a * X + (b * A + c * A @ A) @ X
@@ -146,8 +148,8 @@ class Muon(torch.optim.Optimizer):
         params: matrices, also as (name, matrix) pairs, or groups as dicts that may override any
             value below. `split_parameters` picks them out of a model.
         adjust_lr_fn: one of `SCALES`; None is "original".
-    torch computes in bfloat16 everywhere, this file on GPUs only. A state_dict can be loaded by
-    torch's Muon and the other way round.
+        dtype: see `orthogonalise`; torch's is bfloat16 everywhere. It is not part of the state.
+    A state_dict can be loaded by torch's Muon and the other way round.
     Raises: ValueError for a value outside its range, and for a parameter that is no matrix.
     """
 
@@ -162,7 +164,9 @@ class Muon(torch.optim.Optimizer):
         eps: float = EPS,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        dtype: torch.dtype | None = None,
     ):
+        self.dtype = dtype
         super().__init__(
             params,
             {
@@ -233,7 +237,8 @@ class Muon(torch.optim.Optimizer):
         B = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(B, G, 1 - mu)
         U = torch._foreach_lerp(G, B, mu) if group["nesterov"] else B
-        Q = orthogonalise(torch.stack(U), group["ns_steps"], group["ns_coefficients"], group["eps"])
+        values = (group[name] for name in ("ns_steps", "ns_coefficients", "eps"))
+        Q = orthogonalise(torch.stack(U), *values, self.dtype)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, Q.unbind(), alpha=-lr * scale)
 
