@@ -36,6 +36,27 @@ def random_ids(config, batch, length, seed=1):
     return torch.randint(config.vocab_size, (batch, length), generator=g)
 
 
+def gradients(function, inputs, dy):
+    """The output and the gradient of every input."""
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def distance(ours, wanted):
+    """|ours - wanted| / |wanted|, and 0 where both are 0."""
+    error = torch.dist(ours.double(), wanted.double())
+    return (error / wanted.norm()).item() if error else 0.0
+
+
+def rounding(dtype):
+    """The rms of the relative error that a rounding makes.
+
+    It is eps/2 at most; evenly spread over all mantissas the rms is 0.42 of that, and 2/3 leaves
+    room for chance. Independent roundings add like standard deviations: n make sqrt(n) of it.
+    """
+    return torch.finfo(dtype).eps / 3
+
+
 # against independent implementations
 
 
@@ -148,6 +169,44 @@ def test_rms_norm_gradient_matches_its_finite_differences(shape, gain):
     )
 
 
+def plain_normed_linear(x, gain, weight, eps):
+    return F.linear(F.rms_norm(x, x.shape[-1:], gain, eps), weight)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 64)])
+@pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16", "autocast"])
+def test_normed_linear_matches_torch(kind, shape):
+    dtype = getattr(torch, kind.replace("autocast", "float32"))
+    x, gain, weight = torch.randn(*shape, 65), 1 + torch.randn(65) / 3, torch.randn(129, 65)
+    inputs = [a.to(dtype).requires_grad_() for a in (3 * x, gain, weight)]
+    dy = torch.randn(*shape, 129).to(torch.bfloat16 if kind == "autocast" else dtype)
+
+    def ours(*inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            return gpt.normed_linear(*inputs, 1e-6)
+
+    got = gradients(ours, inputs, dy)
+    wide = [a.detach().double().requires_grad_() for a in inputs]
+    wanted = gradients(lambda *wide: plain_normed_linear(*wide, 1e-6), wide, dy.double())
+    # The most are on the way to y: x_hat, gain, h, weight and y itself. Sums round once a term, a
+    # channel or a token, but those of bfloat16 are made in float32.
+    n = 5 if dy.dtype == torch.bfloat16 else 5 + max(129, math.prod(shape))
+    bound = rounding(dy.dtype) * math.sqrt(n)
+    for a, b, like in zip(got, wanted, (dy, *inputs)):
+        assert a.dtype == like.dtype and a.shape == like.shape
+        assert distance(a, b) < max(bound, 1e-14)  # float64 is not exact either
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (2, 3, 6)])
+def test_normed_linear_gradient_matches_its_finite_differences(shape):
+    x, gain, weight = randn64(*shape), randn64(shape[-1]), randn64(3, shape[-1])
+    flipped = x.detach().mT.clone().mT.requires_grad_()
+    for layout in (x, flipped):
+        assert torch.autograd.gradcheck(
+            lambda *inputs: gpt.normed_linear(*inputs, 1e-3), (layout, gain, weight)
+        )
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (7, 6), (2, 3, 10)])
 def test_gated_product_gradient_matches_its_finite_differences(shape):
     gate_up, weight = randn64(*shape), randn64(3, shape[-1] // 2)
@@ -156,9 +215,25 @@ def test_gated_product_gradient_matches_its_finite_differences(shape):
     assert torch.autograd.gradcheck(gpt.GatedProduct.apply, (flipped, weight.mT.clone().mT))
 
 
+def test_gated_product_of_bfloat16_is_near_float64():
+    shapes, dy = ((2, 50, 64), (24, 32)), torch.randn(2, 50, 24).bfloat16()
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = gradients(lambda x, w: gpt.swiglu(x) @ w.T, wide, dy.double())
+    for a, b in zip(gradients(gpt.GatedProduct.apply, inputs, dy), wanted):
+        # each is rounded, and before it silu and silu * up, or dh, and what dh is multiplied by
+        assert a.dtype == torch.bfloat16 and distance(a, b) < rounding(a.dtype) * math.sqrt(3)
+
+
 def test_a_second_derivative_is_refused():
     x, gain = randn64(3, 4), randn64(4)
-    for y in (gpt.rms_norm(x, gain, 1e-6), gpt.GatedProduct.apply(x, randn64(3, 2))):
+    heads = x.view(1, 3, 2, 2)
+    for y in (
+        gpt.rms_norm(x, gain, 1e-6),
+        gpt.normed_linear(x, gain, randn64(2, 4), 1e-6),
+        gpt.GatedProduct.apply(x, randn64(3, 2)),
+        gpt.attention(heads, heads, heads),
+    ):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
@@ -215,18 +290,26 @@ def test_compiled_model_has_the_same_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_without_gradients_the_numbers_are_the_same(dtype):
-    model = scrambled(SMALL).to(dtype)
-    x = torch.randn(2, 5, 64).to(dtype)
-    pieces = (lambda: gpt.rms_norm(x, model.norm.weight, 1e-6), lambda: model.blocks[0].mlp(x))
-    for piece in pieces:
-        with torch.no_grad():
-            first, second = piece(), piece()
-        assert torch.equal(first, second) and torch.equal(first, piece())
+@pytest.mark.parametrize("name", ["rms_norm", "normed_linear", "mlp"])
+def test_without_gradients_the_numbers_are_the_same(request, name, dtype):
+    if dtype == torch.bfloat16 and name != "rms_norm":
+        reason = "normed_linear rounds x_hat where it keeps it, and n(x) alone elsewhere"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    mlp, x = scrambled(SMALL).to(dtype).blocks[0].mlp, torch.randn(2, 5, 64).to(dtype)
+    gain = torch.randn(64).to(dtype)
+    piece = {
+        "rms_norm": lambda: gpt.rms_norm(x, gain, 1e-6),
+        "normed_linear": lambda: gpt.normed_linear(x, gain, mlp.gate_up.weight, 1e-6),
+        "mlp": lambda: mlp(x, gain),
+    }[name]
+    with torch.no_grad():
+        first, second = piece(), piece()
+    assert torch.equal(first, second) and torch.equal(first, piece())
 
 
-def bytes_kept(function, *args):
-    """Bytes of the distinct tensors that autograd keeps for backward while function runs."""
+def bytes_kept(model, ids):
+    """Bytes of the distinct tensors, but the model's own, that autograd keeps for backward."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(x):
@@ -234,22 +317,19 @@ def bytes_kept(function, *args):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        function(*args)
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+        model.hidden(ids)
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
 
 
-def test_backward_keeps_what_the_formula_says():
-    """Per layer and token: x, n(x) twice each, q k v, rotated q k, mixed v, gate and up."""
-    by_layers = {}
-    for n_layer in (1, 3):
-        config = dataclasses.replace(SMALL, n_layer=n_layer, qk_norm=True)
-        model, ids = scrambled(config), random_ids(config, 2, 40)
-        weights = sum(p.numel() for b in model.blocks for p in b.parameters() if p.ndim == 2) * 4
-        by_layers[n_layer] = bytes_kept(model.hidden, ids) - weights
-    C, M, H, G, D = 64, 96, 4, 2, 16
-    floats = 7 * C + 3 * G * D + 2 * M + (2 * H + G) + 2
-    measured = (by_layers[3] - by_layers[1]) / 2 / (2 * 40 * 4)
-    assert measured == pytest.approx(floats, rel=0.03)  # and the gains, once for all tokens
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_backward_keeps_what_the_formula_says(qk_norm, dtype):
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
+    model, ids = scrambled(config), random_ids(config, 8, 40)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        measured = bytes_kept(model, ids)
+    # beside the formula: ids, and once for all rows the gains of QK-norm and a rounded table
+    assert measured == pytest.approx(gpt.activation_bytes(config, ids.numel(), dtype), rel=0.01)
 
 
 def attention_by_loops(q, k, v):
@@ -317,22 +397,131 @@ def test_triton_that_is_not_there_is_one_error(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("T, S, H, G", [(1, 1, 2, 2), (7, 7, 4, 2), (5, 9, 4, 1), (1, 6, 2, 2)])
-def test_attention_matches_its_definition(implementation, T, S, H, G):
+def test_attention_matches_its_definition(implementation, training, T, S, H, G):
     q = torch.randn(2, T, H, 8, dtype=torch.float64)
     k, v = torch.randn(2, 2, S, G, 8, dtype=torch.float64).unbind()
-    ours = gpt.attention(q, k, v, implementation)
+    with torch.set_grad_enabled(training):
+        ours = gpt.attention(q, k, v, implementation)
     torch.testing.assert_close(ours, attention_by_loops(q, k, v), atol=1e-10, rtol=1e-10)
 
 
-def test_attention_gradients_match_their_finite_differences():
-    q = torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(1, 6, 1, 6, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(1, 6, 1, 6, dtype=torch.float64, requires_grad=True)
-    for implementation in ("auto", "reference"):
-        assert torch.autograd.gradcheck(
-            lambda q, k, v, i=implementation: gpt.attention(q, k, v, i), (q, k, v)
-        )
+@pytest.mark.parametrize(
+    "implementation, T, S", [("auto", 35, 35), ("auto", 4, 6), ("reference", 4, 6)]
+)
+def test_attention_gradients_match_their_finite_differences(implementation, T, S):
+    assert (T == S) == (T > block_size(torch.float64))
+    q, k, v = randn64(1, T, 2, 2), randn64(1, S, 1, 2), randn64(1, S, 1, 2)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: gpt.attention(q, k, v, implementation), (q, k, v)
+    )
+
+
+def block_size(dtype):
+    """The number of positions that BlockAttention takes together."""
+    x = torch.zeros(1, 999, 1, dtype=dtype)
+    return next(gpt.BlockAttention.blocks(x, x))[1]
+
+
+def random_qkv(dtype, T, H, G, D=16, spread=1.0):
+    """Leaves q, k, v, whose scores have a standard deviation of spread^2, and dy."""
+    q, k, v, dy = (torch.randn(2, T, heads, D) for heads in (H, G, G, H))
+    leaves = [x.to(dtype).requires_grad_() for x in (q * spread, k * spread, v)]
+    return leaves, dy.to(dtype)
+
+
+def attention_in_float64(inputs, dy):
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    return gradients(lambda q, k, v: gpt.attention(q, k, v, "reference"), wide, dy.double())
+
+
+def squared_score(q, k):
+    """The mean of s^2 over all weights p = softmax(s), each counted p^2 times."""
+    H, G, T = q.shape[2], k.shape[2], q.shape[1]
+    q, k = q.detach().double().transpose(1, 2), k.detach().double().transpose(1, 2)
+    s = q @ k.repeat_interleave(H // G, dim=1).mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    p = s.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    return ((p * s).square().sum() / p.square().sum()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H, G", [(2, 2), (4, 2), (4, 1)])
+def test_block_attention_matches_the_reference(dtype, H, G):
+    block = block_size(dtype)
+    for T in (1, 7, block - 1, block, block + 1, 3 * block + 5):
+        inputs, dy = random_qkv(dtype, T, H, G)
+        # An error e of s is one of e in p = exp(s) / sum; s = q/sqrt(D) k has two roundings, of
+        # |s| each. The longest way beside them: p, dp, ds, q or k, result, and in dk and dv one
+        # for each block. Sums: a rounding a term, which in bfloat16 float32 makes.
+        n = 2 * squared_score(*inputs[:2]) + 5 + math.ceil(T / block)
+        n += 0 if dtype == torch.bfloat16 else 16 + T * H // G
+        bound = max(rounding(dtype) * math.sqrt(n), 1e-14)  # float64 is not exact either
+        got = gradients(gpt.BlockAttention.apply, inputs, dy)
+        for a, b, like in zip(got, attention_in_float64(inputs, dy), (dy, *inputs)):
+            assert a.dtype == dtype and a.shape == like.shape
+            assert distance(a, b) < bound
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        1.0,
+        pytest.param(
+            2.0,
+            marks=pytest.mark.xfail(
+                reason="scores are rounded to bfloat16, which torch's kernel keeps in float32",
+                strict=True,
+            ),
+        ),
+    ],
+)
+def test_block_attention_of_bfloat16_errs_at_most_twice_as_much_as_torch(spread):
+    def theirs(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    inputs, dy = random_qkv(torch.bfloat16, 400, 4, 2, 64, spread)
+    wanted = attention_in_float64(inputs, dy)
+    of_ours = gradients(gpt.BlockAttention.apply, inputs, dy)
+    for a, b, exact in zip(of_ours, gradients(theirs, inputs, dy), wanted):
+        assert distance(a, exact) < 2 * distance(b, exact)
+
+
+def layouts(heads, T=40, D=6):
+    """The same shape (2, T, heads, D) in memory in many ways."""
+    yield randn64(2, heads, T, D).detach().transpose(1, 2)
+    yield randn64(T, 2, heads, D).detach().transpose(0, 1)
+    yield randn64(2, T, heads + 3, D).detach()[:, :, 1:-2]  # of a packed projection
+    yield randn64(2, T, heads, 2 * D).detach()[..., ::2]
+    yield randn64(1, T, 1, D).detach().expand(2, -1, heads, -1)
+    yield randn64(2, T, heads, D).detach()
+
+
+@pytest.mark.parametrize("H, G", [(1, 1), (2, 1), (4, 2)])
+def test_block_attention_takes_any_layout_and_leaves_it_alone(H, G):
+    for tensors in zip(layouts(H), layouts(G), layouts(G), layouts(H)):
+        *inputs, dy = tensors
+        before = [x.clone() for x in tensors]
+        got = gradients(gpt.BlockAttention.apply, [x.requires_grad_() for x in inputs], dy)
+        for a, b in zip(got, attention_in_float64(inputs, dy)):
+            assert distance(a, b) < 1e-14
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_attention_does_not_see_the_future(dtype):
+    block = block_size(dtype)
+    inputs, _ = random_qkv(dtype, 2 * block + 9, 4, 2)
+    y = gpt.BlockAttention.apply(*inputs)
+    for cut in (1, block - 1, block, block + 1, 2 * block + 3):
+        changed = [torch.cat((x[:, :cut], 1 - x[:, cut:]), dim=1) for x in inputs]
+        after = gpt.BlockAttention.apply(*changed)
+        assert torch.equal(y[:, :cut], after[:, :cut])
+        assert not torch.equal(y[:, cut:], after[:, cut:])
+        for g in torch.autograd.grad(y[:, :cut].sum(), inputs, retain_graph=True):
+            assert not g[:, cut:].any()
 
 
 def test_attention_names_a_wrong_implementation():
@@ -344,11 +533,12 @@ def test_attention_names_a_wrong_implementation():
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_swiglu_matches_its_definition(dtype, bound):
     mlp = scrambled(SMALL).blocks[0].mlp.to(dtype)
-    x = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True)
+    x, gain = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True), torch.randn(64, dtype=dtype)
     gate_weight, up_weight = mlp.gate_up.weight[:96], mlp.gate_up.weight[96:]
-    gate = x @ gate_weight.T
-    wanted = (gate / (1 + torch.exp(-gate)) * (x @ up_weight.T)) @ mlp.down.weight.T
-    ours = mlp(x)
+    n = F.rms_norm(x, (64,), gain, 1e-6)
+    gate = n @ gate_weight.T
+    wanted = (gate / (1 + torch.exp(-gate)) * (n @ up_weight.T)) @ mlp.down.weight.T
+    ours = mlp(x, gain)
     scale = wanted.abs().max().item()  # the bound is relative to the largest output
     torch.testing.assert_close(ours, wanted, atol=bound * scale, rtol=bound)
     (a,), (b,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (ours, wanted))
@@ -380,6 +570,19 @@ def test_rope_is_a_rotation_by_complex_numbers():
     turned = pairs * torch.polar(torch.ones(9, 5).double(), angle).unsqueeze(1)
     wanted = torch.cat((turned.real, turned.imag), dim=-1)
     torch.testing.assert_close(gpt.rope(x, cos, sin), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_keeps_lengths():
+    x, (cos, sin) = torch.randn(2, 60, 3, 10).double(), gpt.rope_table(60, 10, 100.0)
+    lengths = [y.unflatten(-1, (2, 5)).norm(dim=-2) for y in (x, gpt.rope(x, cos, sin))]  # of pairs
+    torch.testing.assert_close(*lengths, atol=0, rtol=1e-7)  # the table is float32: 2^-24
+
+
+def test_rope_gradient_matches_its_finite_differences():
+    x, (cos, sin) = randn64(2, 5, 3, 6), gpt.rope_table(5, 6, 100.0)
+    packed = randn64(2, 5, 5, 6).detach()[:, :, 1:-1].requires_grad_()
+    for layout in (x, packed):
+        assert torch.autograd.gradcheck(lambda x: gpt.rope(x, cos, sin), (layout,))
 
 
 def test_rope_leaves_position_zero_alone():
