@@ -20,10 +20,11 @@ in the data is one integer, nothing has to be replayed to resume at any step, an
 gather of half a millisecond: there is no loader process. With `device="cuda"` the whole
 set lies on the GPU (2 bytes a token: TinyStories is 1.1 GB) and so does the gather.
 
-With `trim` a batch is as wide as its longest row, to the next multiple of 8, and the rows of 8 batches are sorted by length
-before they are dealt out, so that the rows of a batch are of like length: less padding is computed.
-The 8 batches then come in an order of their own, so that long and short rows take turns. It is for
-a CPU; a GPU's captured graph and compiled kernels want one shape.
+With `trim` a batch is no wider than its longest row needs (in steps of 8 places, because a CPU's
+library keeps code for each shape it meets), and the rows of 8 batches are sorted by length before
+they are dealt out, so that the rows of a batch are of like length: less padding is computed. Those
+batches come in an order of their own, so that long and short rows take turns. It is for a CPU; a
+GPU's captured graph and compiled kernels want one shape.
 
 Letters: B rows, T positions, R rows in an epoch.
 
