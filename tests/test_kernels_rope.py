@@ -296,7 +296,7 @@ def test_rope_qkv_serves_the_attention_of_03(implementation, qk_norm, monkeypatc
             norm.weight.data = random(8, seed=seed)
     layer.out.weight.data = torch.eye(32)
     cos, sin = gpt.rope_table(9, 8, config.rope_theta)
-    x = random(2, 9, 32)
+    x, gain = random(2, 9, 32), random(32, seed=3)
     seen = {}
 
     def spy(q, k, v, *_):
@@ -304,11 +304,11 @@ def test_rope_qkv_serves_the_attention_of_03(implementation, qk_norm, monkeypatc
         return q
 
     monkeypatch.setattr(gpt, "attention", spy)
-    layer(x, cos, sin, None)
+    layer(x, gain, cos, sin, None)
     gains = {}
     if qk_norm:
         gains = {"q_gain": layer.q_norm.weight, "k_gain": layer.k_norm.weight}
-    qkv = layer.qkv(x).unflatten(-1, (8, 8))
+    qkv = layer.qkv(gpt.rms_norm(x, gain, config.norm_eps)).unflatten(-1, (8, 8))
     options = {"eps": config.norm_eps, "implementation": implementation, **gains}
     ours = rope_qkv(qkv, cos, sin, 4, 2, **options)
     for a, b in zip(ours, seen["theirs"]):
