@@ -140,21 +140,25 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * matrices + 12 * config.n_layer * config.seq_len * c
 
 
-def activation_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype = torch.float32) -> int:
+def activation_bytes(
+    config: GPTConfig, tokens: int, dtype: torch.dtype = torch.float32, fused: bool = False
+) -> int:
     """Bytes that the forward pass of so many tokens keeps for the backward pass.
 
-    dtype: of matrix products, float32 or autocast's. This is the path of a CPU.
+    Args:
+        dtype: of matrix products, float32 or autocast's.
+        fused: with the kernels of a GPU, which also keep what enters the norms, softmax's log-sum
+            and silu(gate) * up.
     """
     C, M, H, G, D = (
         config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
     )  # fmt: skip
     scales = 2 + (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
     # x_hat of the two norms, q|k|v, q|k turned, what attention gives, gate|up
-    narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M
-    per_layer = 4 * scales + dtype.itemsize * narrow
-    copies = 0  # of the weights of W_out, in autocast's dtype
-    if dtype != torch.float32:
-        copies = dtype.itemsize * config.n_layer * C * C
+    narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M + fused * M
+    per_layer = 4 * scales + dtype.itemsize * narrow + fused * 4 * (2 * C + H)
+    copied = C + fused * ((H + 2 * G) * D + 3 * M)  # rows of weights copied in autocast's dtype
+    copies = dtype.itemsize * config.n_layer * C * copied * (dtype != torch.float32)
     return tokens * (config.n_layer * per_layer + 4 * (C + 1)) + copies
 
 
@@ -213,7 +217,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a matrix product of x runs: autocast's where that is on, else its own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast spares float64
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if on and x.dtype != torch.float64:  # autocast spares float64
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -240,10 +245,11 @@ class NormedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x_hat, rstd, gain, weight = ctx.saved_tensors
         h = x_hat * gain.to(x_hat.dtype)
-        d_weight = dy.flatten(0, -2).T @ h.flatten(0, -2)
+        C = len(gain)
+        d_weight = dy.reshape(-1, len(weight)).T @ h.reshape(-1, C)
         slope = (dy @ weight.to(dy.dtype)).to(rstd.dtype)
         product = slope * x_hat
-        d_gain = product.flatten(0, -2).sum(0)
+        d_gain = product.reshape(-1, C).sum(0)
         mean = product.mul_(gain).mean(-1, keepdim=True)
         dx = slope.mul_(gain).addcmul_(x_hat, mean, value=-1).mul_(rstd)
         return dx.to(ctx.dtype), d_gain, d_weight.to(weight.dtype), None
@@ -253,7 +259,7 @@ def normed_linear(
     x: Tensor, gain: Tensor, weight: Tensor, eps: float, implementation: str = "auto"
 ) -> Tensor:
     """rms_norm(x, gain) @ weight.T: x (..., C), gain (C,), weight (N, C). No second derivative."""
-    if use_triton(implementation, x) or not torch.is_grad_enabled():
+    if use_triton(implementation, x):
         return F.linear(rms_norm(x, gain, eps, implementation), weight)
     return NormedLinear.apply(x, gain, weight, eps)
 
@@ -312,7 +318,8 @@ class BlockAttention(torch.autograd.Function):
     computes p = softmax(s) of s = q k^T / sqrt(D) again, and with dp = dy v^T:
         dv = p^T dy,   ds = p * (dp - sum of p * dp over the keys),
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-    Below sqrt(D) has gone into q. On a CPU this takes less time than torch's fused kernel.
+    Below sqrt(D) has gone into q. On a CPU this takes less time than torch's fused kernel. Under
+    bfloat16 the scores are rounded to it, as by any product, where that kernel has float32 inside.
     """
 
     @staticmethod
@@ -378,7 +385,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
         return fused_attention(q, k, v, implementation="triton")
     training = T == S and torch.is_grad_enabled() and implementation != "reference"
     if training and q.device.type == "cpu":
-        return BlockAttention.apply(q, k, v)
+        return BlockAttention.apply(*(x.to(product_dtype(x)) for x in (q, k, v)))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, D)
     visible = None
     if 1 < T < S or implementation == "reference":
@@ -484,14 +491,13 @@ class GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate_up, weight = ctx.saved_tensors
-        d_gate_up = torch.empty_like(gate_up)
-        (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=-1), d_gate_up.chunk(2, dim=-1)
+        gate, up = gate_up.chunk(2, dim=-1)  # (..., M) each
         silu = F.silu(gate)  # (..., M)
         d_weight = dy.flatten(0, -2).T @ (silu * up).flatten(0, -2)  # (C, M)
         dh = dy @ weight.to(dy.dtype)  # (..., M)
-        torch.mul(dh, silu, out=d_up)
-        torch.ops.aten.silu_backward(dh.mul_(up), gate, grad_input=d_gate)
-        return d_gate_up, d_weight.to(weight.dtype)
+        d_up = silu.mul_(dh)
+        d_gate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+        return torch.cat((d_gate, d_up), dim=-1), d_weight.to(weight.dtype)
 
 
 class MLP(nn.Module):

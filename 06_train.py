@@ -1166,10 +1166,10 @@ def memory_parts(
     parts = {
         "weights": 4 * parameters,
         "moments": 4 * moments,
-        "activations": gpt.activation_bytes(shape, tokens, dtype),
+        "activations": gpt.activation_bytes(shape, tokens, dtype, fused=device_type == "cuda"),
         "logits": logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize),
         "gradients at the head": 4 * (shape.vocab_size + tokens) * shape.d_model,
-        "backward of an MLP": 4 * 6 * tokens * shape.d_mlp,  # six of that width side by side
+        "backward of an MLP": dtype.itemsize * 5 * tokens * shape.d_mlp,  # five side by side
     }
     if device_type == "cpu":  # where glibc keeps freed blocks: measured
         passing = sum(parts.values()) - parts["weights"] - parts["moments"]
