@@ -155,7 +155,7 @@ class Config:
     rows: str = "stories"  # how rows are cut: "stories" or "blocks", see data/batches.py
     batch_size: int = 8  # B, rows per step
     accumulate: int = 1  # micro-batches that a step's rows are split into, to save memory
-    max_steps: int = 1000  # steps in all
+    max_steps: int = 1100  # steps in all
     optimizer: str = "muon"  # "muon" for hidden matrices and AdamW for the rest; "adamw" for all
     learning_rate: float = 6e-3  # peak, of AdamW
     muon_learning_rate: float = 5e-3  # peak, of Muon

@@ -2019,7 +2019,7 @@ def main(argv: list[str]) -> int:
 # The main run: ASHA and random search train 06's models for the same number of tokens
 
 TINY = """--preset stories --vocab-size 300 --seq-len 32 --batch-size 8 --schedule constant
---optimizer adamw --device cpu""".split()  # a step has 256 positions, about 240 of them targets
+--optimizer adamw --device cpu --dtype float32""".split()  # 256 positions a step, about 240 targets
 RACE = ["--tune", "learning_rate=1e-5:1.0:log", "--tune", "weight_decay=1e-3:1.0:log",
         "--tune", "warmup_steps=0:5", "--sampler", "random", "--budget", "180",
         "--min-budget", "20", "--eta", "3"]  # fmt: skip
