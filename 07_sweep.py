@@ -38,28 +38,28 @@ Sources: random before grid: Bergstra & Bengio 2012; TPE: Bergstra et al. 2011, 
 (1603.06560); ASHA: Li et al. 2018 (1810.05934), its stopping forms: optuna 5.0.0's pruner and
 ray 2.60's scheduler; median rule: Vizier, Golovin et al. 2017.
 
-Run: `python 07_sweep.py` (164 s of CPU time, most of it in 06_train.py, on an AMD EPYC (Zen 3))
-prints, from seed 0,
+Run: `python 07_sweep.py` (60 s, most of it in 06_train.py, on a core of an AMD EPYC (Zen 5)) prints,
+from seed 0,
 
     ASHA over 34 runs of 06_train.py, the best four, nats/token
 
     trial  state  step   value  learning_rate  weight_decay  warmup_steps  tokens    s
-       12   done   180  2.0516       0.001313       0.07795             1  44,497  8.4
-        6   done   180  2.0862       0.001149      0.004364             4  44,126  8.2
-       24   done   180  2.1430      0.0009733       0.00287             2  44,101  8.3
-        5   done   180  2.2285      0.0008141       0.04398             2  44,561  8.2
+       12   done   180  2.0773       0.001313       0.07795             1  44,468  2.7
+        6   done   180  2.1097       0.001149      0.004364             4  44,161  3.0
+       24   done   180  2.1528      0.0009733       0.00287             2  44,147  2.9
+       22   done   180  2.2187      0.0008425      0.001984             1  43,871  2.8
 
-    learning_rate    1e-05 |.. . .       ..421  8... ..    .    .   .| 1
-    weight_decay     0.001 |    7 3.2. . 9. .  . .46.1     .  ..  5..| 1
-    warmup_steps         0 |   5      1      3     6      2      .   | 5
+    learning_rate    1e-05 |.. . .       ..421  579. ..    .    .   .| 1
+    weight_decay     0.001 |    4 372. . .. .  . .8..1     .  ..  6..| 1
+    warmup_steps         0 |   6      1      3     5      2      9   | 5
 
     the best so far, beside random search over 10 whole runs
 
        tokens     ASHA   random
-      110,763   2.0862   3.1798
-      221,526   2.0862   3.1798
-      332,290   2.0516   2.0862
-      443,053   2.0516   2.0862
+      110,769   2.1097   3.2968
+      221,538   2.1097   3.2968
+      332,306   2.0773   2.1097
+      443,075   2.0773   2.1097
 
     ASHA had a model as good as random's best after 21% of its tokens
 """

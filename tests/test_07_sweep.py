@@ -1631,21 +1631,6 @@ PARTS = {
 }
 
 
-if __name__ == "__main__":
-    sweep.surroundings = lambda: {"time": time.time()}
-    torch.set_num_threads(1)
-    results = Path(sweep.__file__).resolve().parent / "results" / "sweep.json"
-    for part in sys.argv[1:] or PARTS:
-        measured = json.loads(results.read_text()) if results.exists() else {}
-        measured |= {
-            "command": "python tests/test_07_sweep.py [PART]",
-            "machine": "2 cores of an AMD EPYC (Zen 3)",
-            part: PARTS[part](),
-        }
-        print(json.dumps(measured[part], indent=2))
-        results.write_text(json.dumps(measured, indent=2) + "\n")
-
-
 @pytest.mark.parametrize("end", ["log=false", "step", "step=", "logs"])
 def test_half_a_flag_is_refused(end):
     with pytest.raises(sweep.SweepError, match="log or step=S"):
@@ -1660,3 +1645,26 @@ def test_half_a_flag_is_refused(end):
 def test_spaces_that_number_their_points_otherwise_differ(old, new):
     assert sweep.differences({"space": old}, {"space": old}) == []
     assert len(sweep.differences({"space": old}, {"space": new})) == 1
+
+
+def machine():
+    """Such as "2 cores, AMD EPYC, family 26, model 2" (Zen 5)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    about = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name, family, model = (about[key] for key in ("model name", "cpu family", "model"))
+    return f"{os.cpu_count()} cores, {name}, family {family}, model {model}"
+
+
+if __name__ == "__main__":
+    sweep.surroundings = lambda: {"time": time.time()}
+    torch.set_num_threads(1)
+    results = Path(sweep.__file__).resolve().parent / "results" / "sweep.json"
+    for part in sys.argv[1:] or PARTS:
+        measured = json.loads(results.read_text()) if results.exists() else {}
+        measured |= {
+            "command": "python tests/test_07_sweep.py [PART]",
+            part: PARTS[part](),
+            "machines": measured.get("machines", {}) | {part: machine()},
+        }
+        print(json.dumps(measured[part], indent=2))
+        results.write_text(json.dumps(measured, indent=2) + "\n")
