@@ -38,8 +38,8 @@ Sources: random before grid: Bergstra & Bengio 2012; TPE: Bergstra et al. 2011, 
 (1603.06560); ASHA: Li et al. 2018 (1810.05934), its stopping forms: optuna 5.0.0's pruner and
 ray 2.60's scheduler; median rule: Vizier, Golovin et al. 2017.
 
-Run: `python 07_sweep.py` (60 s, most of it in 06_train.py, on a core of an AMD EPYC (Zen 5)) prints,
-from seed 0,
+Run: `python 07_sweep.py` (60 s, most of it in 06_train.py, on a core of an AMD EPYC (Zen 5))
+prints, from seed 0,
 
     ASHA over 34 runs of 06_train.py, the best four, nats/token
 
