@@ -1299,7 +1299,7 @@ def test_a_resumed_study_ends_where_it_was_to_end(tmp_path, monkeypatch):
     assert trials("s") == 20 and trials("new") == 20
     dollars = ["--dollars", "0.001", "--price", "3600"]
     monkeypatch.setattr(sweep.Command, "__call__", lambda *job: time.sleep(0.002) or 1.0)
-    assert trials("d", *dollars) == trials("d") < trials("d", "--price", "360")
+    assert trials("d", *dollars) == trials("d") < trials("d", "--price", "7.2")  # 0.5 s of them
 
 
 def test_only_a_store_that_is_there_is_called_damaged(tmp_path, monkeypatch):
