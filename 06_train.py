@@ -49,8 +49,8 @@ CPU preset has beta2 0.98); decay on matrices only: nanoGPT; Muon: see 10_muon.p
 warmup-stable-decay: MiniCPM (Hu et al. 2024, 2404.06395); TinyStories: Eldan & Li 2023
 (2305.07759).
 
-Run: `python 06_train.py` (43 s from start to story on 2 cores of an AMD EPYC (Zen 5), which multiply
-bfloat16; with --dtype float32 58 s there, and it ends 0.021 nats higher) ends with
+Run: `python 06_train.py` (43 s from start to story on 2 cores of an AMD EPYC (Zen 5), which
+multiplies bfloat16; with --dtype float32 58 s, and it ends 0.021 nats higher) ends with
 
     val_nats: 0.35535285946305945
     floor_nats: 0.2867901733419835
