@@ -36,7 +36,7 @@ modded-nanogpt and nanochat decay over the last 45 to 70%; rex: Chen et al. 2021
 cycles and range test: Smith 2015 (1506.01186); one-cycle: Smith & Topin 2017 (1708.07120) with
 torch's constants; multistep at 1/2 and 3/4: He et al. 2015 (1512.03385), section 4.2.
 
-Run: `python 05_schedules.py` (CPU, 5 s on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python 05_schedules.py` (CPU, 3 s on 2 cores of an AMD EPYC (Zen 5)) prints
 
     total 1000, warmup 50; one character per 25 steps, the end is at |
     derived: area by integral; trunk: up to this step a run of twice the length is the same

@@ -36,7 +36,7 @@ Gemma 2 (2408.00118); QK-norm: Dehghani et al. 2023 (2302.05442); StableAdamW: W
 (2309.14322); loss scaling: Micikevicius et al. 2018 (1710.03740) with the constants of
 torch.amp.GradScaler; the doctor: J. Tobin, Troubleshooting Deep Neural Networks (2019).
 
-Run: `python 08_stability.py` (CPU, 43 s on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python 08_stability.py` (CPU, 15 s on 2 cores of an AMD EPYC (Zen 5)) prints
 
     clip 4 float16 gradients of 60,000 to 1: torch norm       inf, then 0.00 each
     clip 4 float16 gradients of 60,000 to 1: here  norm    120000, then 0.50 each

@@ -30,7 +30,7 @@ Sources: Gage 1994 (The C Users Journal 12(2): the compression algorithm); Sennr
 expression). The expression is GPT-4's (cl100k_base in the source of tiktoken). Counting and ties
 are those of Hugging Face's BpeTrainer, which the tests compare with.
 
-Run: `python data/bpe.py` (CPU, 0.4 s on one core of an AMD EPYC (Zen 3)), or
+Run: `python data/bpe.py` (CPU, 0.2 s on one core of an AMD EPYC (Zen 5)), or
 `python data/bpe.py FILE` for a text with stories separated by <|endoftext|>; the first prints
 
     900 stories to train on, 100 held out (23,870 bytes)

@@ -29,7 +29,7 @@ does: `Words: ...`, `Features: ...`, `Story: ...`; `check` tells whether a story
 Sources: the manner of the stories and the instruct form follow Eldan & Li 2023 (arXiv 2305.07759);
 the entropy of a grammar by recursion: Grenander 1967.
 
-Run: `python data/stories.py` (CPU, about 3 s on 2 cores of an AMD EPYC (Zen 3)) prints
+Run: `python data/stories.py` (CPU, about 1 s on 2 cores of an AMD EPYC (Zen 5)) prints
 
     In a small town, there were shy twins named Milo and Nick. More than anything, they liked
     planting seeds. It was a gray Saturday. "Will you clean the bedroom today?" asked Uncle Bob.
