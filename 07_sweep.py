@@ -163,6 +163,7 @@ class Trial:
     state: str = "queued"  # one of STATES; the last three are final
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
+    since: float = 0.0  # the time of its last line
     message: str = ""  # why it failed
 
     @property
@@ -184,9 +185,9 @@ class Trial:
 
 
 def rank(trial: Trial) -> tuple:
-    """Sorts the best first: finished ones by value, then the others, farthest first."""
-    value = worse_if_nan(trial.value)
-    return (0, 0, value) if trial.state == "done" else (1, -trial.last.step, value)
+    """Sorts the best first: finished ones by value, then the others, farthest first; NaN last."""
+    place = (0, 0) if trial.state == "done" else (1, -trial.last.step)
+    return (math.isnan(trial.value), *place, worse_if_nan(trial.value))
 
 
 # 2. The space: what may be chosen
@@ -219,7 +220,7 @@ class Range:
             check(not self.log, "step", self.step, "none, because log is on")
             check(self.step > 0, "step", self.step, "above 0")
             count = (self.high - self.low) / self.step
-            check(abs(count - round(count)) < 1e-9, "high", self.high, "low + a multiple of step")
+            check(abs(count - round(count)) < 1e-6, "high", self.high, "low + a multiple of step")
 
     @property
     def whole(self) -> bool:
@@ -246,7 +247,9 @@ class Range:
         if self.stride:
             last = round((self.high - self.low) / self.stride)
             i = min(max(round((value - self.low) / self.stride), 0), last)
-            value = float(f"{self.low + i * self.stride:.12g}")  # 0.3, not 0.30000000000000004
+            value = self.low + i * self.stride
+            if not self.whole:  # 0.3, not 0.30000000000000004
+                value = round(value, 9 - math.floor(math.log10(self.stride)))
         value = min(max(value, self.low), self.high)
         return int(value) if self.whole else float(value)
 
@@ -286,11 +289,11 @@ class Choice:
         then = {texts.get(key, key): more for key, more in self.then.items()}
         object.__setattr__(self, "then", then)
         check(len(self.options) > 0, "options", self.options, "at least one")
-        check(len(set(map(repr, self.options))) == len(self.options), "options", self.options,
-              "each of them once")  # fmt: skip
         for option in self.options:
-            plain = isinstance(option, (str, int, float, bool, type(None)))
+            plain = isinstance(option, (str, int, float, bool, type(None))) and option == option
             check(plain, "option", option, "a text, a number, true, false or null")
+        once = len(set(self.options)) == len(self.options)  # 1, 1.0 and True are the same
+        check(once, "options", self.options, "each of them once")
         for option, more in self.then.items():
             check(option in self.options, "then", option, f"one of the options {self.options}")
             check(isinstance(more, dict), "then", more, "{name: ...} under each option")
@@ -893,7 +896,7 @@ def follow(objective: Objective, config: dict, budget: int, folder: Path) -> Ite
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             if items is None:
                 result = objective(config, budget, folder)
-                alone = isinstance(result, numbers.Real)
+                alone = isinstance(result, numbers.Real) or getattr(result, "ndim", None) == 0
                 items = iter([(budget, result)] if alone else result)
             item = next(items, None)
         if item is None:
@@ -1038,6 +1041,10 @@ class OnRay:
             ray.init(address, log_to_driver=False, **settings)
         except Exception as error:  # Ray raises several kinds where no cluster answers
             raise SweepError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if workers > cpus:  # some would wait for ever
+            ray.shutdown()
+            raise SweepError(f"workers={workers}: wanted at most the {cpus} CPUs of the cluster")
         return ray
 
     def get(self, answer):
@@ -1110,6 +1117,7 @@ class Workers:
 @contextlib.contextmanager
 def employed(objective: Objective, count: int, executor: str) -> Iterator[Workers]:
     """So many workers: for "local" here or, from two on, in processes; for "ray" on a cluster."""
+    check(executor in ("local", "ray"), "executor", executor, "local or ray")
     ray = OnRay.connect(count) if executor == "ray" else None
     if ray:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / count)
@@ -1139,7 +1147,10 @@ HOPELESS = 20  # failed trials in a row that end a study which no number of tria
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a study ends. None: no such limit. What is spent before a resume counts."""
+    """Where a study ends. None: no such limit.
+
+    What was spent before a resume counts, but for the time between the last line and a kill.
+    """
 
     trials: int | None = None
     tokens: float | None = None
@@ -1268,8 +1279,13 @@ class Study:
             self.mark(trial, report)
             trial.reports.append(report)
             trial.seconds += report.seconds
+            trial.since = entry["time"]
             best = min(worse_if_nan(report.value), self.curve[-1][1] if self.curve else math.inf)
             self.curve.append((sum(t.tokens for t in self.trials), best))
+        elif entry["state"] == "failed":  # what it took since then costs too
+            trial.seconds += entry["time"] - trial.since
+        else:
+            trial.since = entry["time"]
         trial.state, trial.message = entry["state"], entry.get("message", "")
         self.clock += entry["time"] - self.last
         self.last = entry["time"]
@@ -1583,6 +1599,12 @@ class Repeated:
 ENOUGH = 16  # trials to judge importance by: four groups of 4
 
 
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """The place of each value in their order, from 0 on; equal values share the mean of theirs."""
+    _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count + 1) / 2)[which]
+
+
 def importance(study: Study) -> dict[str, float]:
     """The share of each parameter in the variance of the ranks of the values; they sum to 1.
 
@@ -1595,15 +1617,17 @@ def importance(study: Study) -> dict[str, float]:
     n = len(values)
     if n < ENOUGH:
         return {}
-    ranks = np.argsort(np.argsort([worse_if_nan(v) for v in values.values()])).astype(float)
+    ranks = mean_ranks(np.array([worse_if_nan(v) for v in values.values()]))
     total = ((ranks - ranks.mean()) ** 2).sum()
+    if total == 0:  # all the same
+        return {param.label: 0.0 for param in study.space.params}
     effects = {}
     for param in study.space.params:
         shares = np.array([share_of(param, study.trials[i]) for i in values])
         if isinstance(param.kind, Choice):
             group = shares
         else:
-            group = np.argsort(np.argsort(shares)) * min(8, n // 4) // n
+            group = mean_ranks(shares) * min(8, n // 4) // n
         group = np.where(np.isnan(shares), -1, group)  # those without it are a group of their own
         labels = np.unique(group)
         within = sum(((ranks[group == g] - ranks[group == g].mean()) ** 2).sum() for g in labels)
@@ -1833,7 +1857,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=float, help="end when so many are trained on")
     add("--seconds", type=float, help="end after this time")
     add("--dollars", type=float, help="end when so much is spent at --price")
-    add("--price", type=float, default=0.0, help="dollars for an hour of one worker")
+    add("--price", type=float, help="dollars for an hour of one worker")
     add("--track", choices=TRACKERS, help="at the end, copy the trials to this tracker")
     add("--plot", type=Path, metavar="DIR", help="save pictures there (needs matplotlib)")
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -1862,6 +1886,7 @@ def read_space(settings: argparse.Namespace) -> Space:
 # 06's fields but those that change no value, or make of it that of another text or in another unit
 TUNABLE = {f.name for f in fields(training.Config)} - training.BRANCH_MAY_CHANGE
 TUNABLE = TUNABLE - {"data", "vocab_size"} | {"schedule", "cooldown"}
+OWN = {"max_steps", "seed", "out", "resume", "branch"}  # each trial has its own
 
 
 def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyperband) -> Train:
@@ -1873,7 +1898,11 @@ def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyper
         if name not in TUNABLE:
             raise SweepError(f"--tune {name}: 06_train.py has no such field to choose{hint}")
         tried.setdefault(name, []).extend(outermost(param.kind))
-    given = {"samples": 0} | training.read_flags(flags)
+    given = training.read_flags(flags)
+    for name in sorted(given.keys() & OWN):
+        raise SweepError(f"--{name.replace('_', '-')} behind --: each trial is given its own; "
+                         "before -- stand --budget, --seed and --out of the study")  # fmt: skip
+    given = {"samples": 0} | given
     if type(rule) is not Full:
         given = {"schedule": "constant"} | given
         for name in (given["schedule"], *tried.get("schedule", [])):
@@ -1883,8 +1912,7 @@ def training_objective(flags: list[str], space: Space, rule: Full | ASHA | Hyper
     for warmup in tried.get("warmup_steps", [config["warmup_steps"]]):
         good = isinstance(warmup, int) and warmup <= first
         check(good, "warmup_steps", warmup, f"at most the first rung, {first} steps")
-    place = {"out", "resume", "branch", "max_steps", "seed"}  # of each trial
-    return Train({name: value for name, value in config.items() if name not in place})
+    return Train({name: value for name, value in config.items() if name not in OWN})
 
 
 FILLED = ("budget", "folder", "args")  # what a command is given besides what was chosen
@@ -1991,13 +2019,13 @@ def main(argv: list[str]) -> int:
             demo()
             return 0
         settings = read_flags(argv)
-        limits = Limits(**{f.name: getattr(settings, f.name) for f in fields(Limits)})
         study = make_study(settings)
         if not settings.report:
-            if limits.endless:
-                limits = replace(study.limits, price=limits.price or study.limits.price)
+            given = {f.name: getattr(settings, f.name) for f in fields(Limits)}
+            given = {name: value for name, value in given.items() if value is not None}
+            limits = replace(study.limits, **given)  # those of the last session hold, till raised
             if limits.endless and not isinstance(study.sampler, Grid):
-                limits = Limits(trials=20)
+                limits = replace(limits, trials=20)
             study.run(limits, settings.workers, executor=settings.executor)
         report(study)
         if settings.track:

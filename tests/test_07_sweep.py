@@ -92,6 +92,19 @@ def outcome(s):
 # space
 
 
+def test_whole_numbers_and_fine_steps_are_exact():
+    far = Range(1_700_000_000_000, 1_700_000_000_004)
+    assert {far.at(u / 100) for u in range(100)} == set(range(far.low, far.high + 1))
+    fine = Range(1000.0, 1000.0001, step=1e-6)
+    assert {fine.at(u / 1000) for u in range(1000)} == {float(f"1000.{i:06d}") for i in range(101)}
+
+
+@pytest.mark.parametrize("options", [(1, True), (0, 0.0), (math.nan, 1.0)])
+def test_options_that_are_equal_or_not_even_that_are_refused(options):
+    with pytest.raises(SweepError, match="option"):
+        Choice(options)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.floats(-5, 5), st.floats(0.1, 10), st.integers(0, 50), st.integers(1, 50),
@@ -902,6 +915,14 @@ def test_ray_worker_that_dies_while_it_is_idle_costs_no_trial(tmp_path, cluster)
     idle_death(tmp_path / "s", executor="ray")
 
 
+def test_more_ray_workers_than_the_cluster_has_cpus_are_refused(tmp_path, cluster):
+    """They would wait for ever."""
+    with pytest.raises(SweepError, match="workers=64: wanted at most the [0-9]+ CPUs of the cluster"):
+        run(tmp_path / "s", workers=64, executor="ray")
+    with pytest.raises(SweepError, match="executor='?rey'?: wanted local or ray"):
+        run(tmp_path / "s", executor="rey")
+
+
 def test_an_objective_that_no_process_can_import_is_refused(tmp_path):
     with pytest.raises(SweepError, match="objective: .*top level of a file"):
         run(tmp_path / "s", lambda config, budget, folder: 0.0, workers=2)
@@ -1097,6 +1118,62 @@ def test_importance_is_not_judged_by_a_few_trials_or_by_options_tried_once(tmp_p
     assert sweep.importance(run(tmp_path / "few", space=space, objective=first, trials=15)) == {}
     s = run(tmp_path / "s", first, Grid(1), space={"c": space["c"], "x": space["x"]}, trials=17)
     assert sweep.importance(s)["c"] == 0.0
+
+
+def test_importance_of_equal_values_does_not_hang_on_their_order(tmp_path):
+    """Only y matters here, and half of the values are equal."""
+    space = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
+    flat = run(tmp_path / "flat", lambda *job: 1.0, Grid(5), space=space, trials=25)
+    assert sweep.importance(flat) == {"x": 0.0, "y": 0.0}
+    s = run(tmp_path / "s", lambda c, *job: float(c["y"] > 0.5), Grid(5), space=space, trials=25)
+    assert sweep.importance(s) == {"x": 0.0, "y": 1.0}
+    given = np.array([3.0, 1.0, 3.0, math.inf])
+    assert sweep.mean_ranks(given).tolist() == [1.5, 0.0, 1.5, 3.0]
+
+
+def test_a_trial_that_ends_in_nan_is_never_the_best(tmp_path):
+    def objective(config, budget, folder):
+        return math.nan if budget == 9 else config["x"]
+
+    s = run(tmp_path / "s", objective, rule=ASHA(9, min_budget=1, eta=3), trials=9)
+    assert any(t.state == "done" and math.isnan(t.value) for t in s.trials)
+    assert not math.isnan(s.best.value) and math.isnan(s.ranked[-1].value)
+
+
+def test_failed_trials_cost_what_they_took(tmp_path):
+    def objective(config, budget, folder):
+        time.sleep(0.05)
+        raise RuntimeError("no value")
+
+    s = run(tmp_path / "s", objective, limits=Limits(trials=3))
+    assert all(0.05 <= t.seconds < 5 for t in s.trials)
+    again = study(tmp_path / "s", objective)
+    assert [t.seconds for t in again.trials] == [t.seconds for t in s.trials]
+
+
+def test_a_tensor_of_one_number_is_a_value(tmp_path):
+    s = run(tmp_path / "s", lambda c, *job: torch.tensor(c["x"], dtype=torch.float64), trials=3)
+    assert [t.value for t in s.trials] == [t.params["x"] for t in s.trials]
+
+
+def test_limits_hold_until_they_are_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.Command, "__call__", lambda self, chosen, budget, folder: 1.0)
+    flags = ["--command", "run {x}", "--tune", "x=1:9", "--out", str(tmp_path / "s")]
+    assert sweep.main([*flags, "--trials", "2", "--dollars", "5", "--price", "3"]) == 0
+    for more, wanted in (
+        (["--trials", "3"], Limits(trials=3, dollars=5, price=3)),
+        (["--dollars", "6"], Limits(trials=3, dollars=6, price=3)),
+    ):
+        assert sweep.main([*flags, "--resume", *more]) == 0
+        s = sweep.make_study(sweep.read_flags([*flags, "--report"]))
+        assert s.limits == wanted and len(s.trials) == 3
+
+
+@pytest.mark.parametrize("flag", ["--max-steps", "--seed", "--out"])
+def test_what_each_trial_is_given_may_not_stand_behind_the_dashes(flag, tmp_path, capsys):
+    argv = ["--tune", "learning_rate=1e-4:1e-2", "--out", str(tmp_path / "s"), "--", flag, "7"]
+    assert sweep.main(argv) == 2
+    assert f"{flag} behind --: each trial is given its own" in capsys.readouterr().err
 
 
 def test_reports_of_an_empty_study(tmp_path):

@@ -311,6 +311,8 @@ def test_the_whole_program_with_a_fake_clock(gpu, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROUNDS", 3)
     monkeypatch.setattr(bench, "REPEATS", 2)
     monkeypatch.setattr(bench, "liger", None)
+    # in so few numbers bfloat16 may, once in a while, err by more than the bounds allow
+    monkeypatch.setattr(torch, "seed", lambda: torch.manual_seed(0).initial_seed())
     monkeypatch.setattr(bench, "COMPILE", bench.COMPILE | {"backend": "aot_eager"})  # seconds less
     result = bench.run(quick=True, gpu=True)
     printed = capsys.readouterr().out
