@@ -917,7 +917,7 @@ def test_ray_worker_that_dies_while_it_is_idle_costs_no_trial(tmp_path, cluster)
 
 def test_more_ray_workers_than_the_cluster_has_cpus_are_refused(tmp_path, cluster):
     """They would wait for ever."""
-    with pytest.raises(SweepError, match="workers=64: wanted at most the [0-9]+ CPUs of the cluster"):
+    with pytest.raises(SweepError, match="workers=64: wanted at most the [0-9]+ CPUs of the"):
         run(tmp_path / "s", workers=64, executor="ray")
     with pytest.raises(SweepError, match="executor='?rey'?: wanted local or ray"):
         run(tmp_path / "s", executor="rey")
