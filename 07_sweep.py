@@ -218,9 +218,11 @@ class Range:
         check(not self.log or self.low > 0, "low", self.low, "above 0, because log is on")
         if self.step is not None:
             check(not self.log, "step", self.step, "none, because log is on")
-            check(self.step > 0, "step", self.step, "above 0")
+            check(0 < self.step < math.inf, "step", self.step, "finite, above 0")
             count = (self.high - self.low) / self.step
-            check(abs(count - round(count)) < 1e-6, "high", self.high, "low + a multiple of step")
+            rounding = 4 * sys.float_info.epsilon * max(abs(self.low), abs(self.high)) / self.step
+            good = abs(count - round(count)) < 1e-9 + rounding
+            check(good, "high", self.high, "low + a multiple of step")
 
     @property
     def whole(self) -> bool:
@@ -1852,8 +1854,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="trials at once; 1: in this process")
     add("--executor", choices=("local", "ray"), default="local", help="where they run: on this "
         "machine, or on the Ray cluster at RAY_ADDRESS (without: one made here)")  # fmt: skip
-    add("--trials", type=int, help="end after so many; with no end given: of a study "
-        "that is resumed those it had last, else 20")  # fmt: skip
+    add("--trials", type=int, help="end after so many; a resumed study keeps the "
+        "ends that are not given anew; 20 where there is none")  # fmt: skip
     add("--tokens", type=float, help="end when so many are trained on")
     add("--seconds", type=float, help="end after this time")
     add("--dollars", type=float, help="end when so much is spent at --price")

@@ -43,15 +43,15 @@ Run: `python 08_stability.py` (CPU, 15 s on 2 cores of an AMD EPYC (Zen 5)) prin
 
     final loss of a tiny GPT, mean of 3 seeds; floor 0.83, ln V 3.47 nats
     remedy                      lr 0.01   lr 0.03   lr 0.1    lr 0.3    sensitivity
-    none                            1.05      1.30      3.50      4.17   1.27 +- 0.11
-    clip at 1.0                     1.04      1.28      3.58      4.20   1.29 +- 0.03
-    warmup, 30 steps                1.07      1.20      2.14      3.86   0.90 +- 0.04
+    none                            1.05      1.31      3.50      4.21   1.28 +- 0.07
+    clip at 1.0                     1.04      1.28      3.54      4.21   1.29 +- 0.04
+    warmup, 30 steps                1.07      1.20      2.16      3.87   0.91 +- 0.04
     QK-norm                         1.13      1.29      1.94      3.08   0.73 +- 0.29
-    z-loss 1e-4                     1.05      1.33      3.46      4.16   1.26 +- 0.20
-    softcap 50 in attention         1.05      1.26      3.14      4.02   1.18 +- 0.37
-    embedding gradient / 10         1.05      1.31      3.35      4.25   1.23 +- 0.30
-    StableAdamW                     1.06      1.31      3.51      4.23   1.26 +- 0.12
-    SPAM                            1.05      1.30      3.50      4.26   1.27 +- 0.10
+    z-loss 1e-4                     1.05      1.33      3.48      4.17   1.27 +- 0.19
+    softcap 50 in attention         1.05      1.26      3.17      3.94   1.19 +- 0.38
+    embedding gradient / 10         1.05      1.31      3.29      4.26   1.22 +- 0.32
+    StableAdamW                     1.06      1.31      3.42      4.26   1.24 +- 0.21
+    SPAM                            1.05      1.29      3.51      4.21   1.27 +- 0.12
     QK-norm, warmup, clip           1.11      1.17      1.42      1.97   0.31 +- 0.04
 
     6 poisoned batches: loss 2.127 without a guard, 1.011 with, 1.006 had they never been there
@@ -61,9 +61,9 @@ Run: `python 08_stability.py` (CPU, 15 s on 2 cores of an AMD EPYC (Zen 5)) prin
       batches left out: [90, 91, 92, 93, 94, 95]
 
     after 60 steps at lr 0.1: largest attention logit, mean entropy of attention
-      plain       743.1     0.02 nats
+      plain       899.3     0.02 nats
       QK-norm       3.9     1.55 nats
-    looking costs 55% of a step, one in 100: 0.5%
+    looking costs 47% of a step, one in 100: 0.5%
     ok: QK-norm with warmup leaves a quarter of the sensitivity, clipping alone all of it
 """
 

@@ -153,7 +153,9 @@ class Setting:
 
 def our_side(shape: Shape, setting: Setting, own_defaults: bool) -> Side:
     model = gpt.GPT(shape.ours()).to(setting.device)
-    config = train.Config() if own_defaults else train.Config(optimizer="adamw")
+    config = train.Config(dtype=setting.dtype)
+    if not own_defaults:
+        config = replace(config, optimizer="adamw")
 
     def loss(x, y):
         with setting.autocast():

@@ -1171,7 +1171,8 @@ def test_limits_hold_until_they_are_raised(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--max-steps", "--seed", "--out"])
 def test_what_each_trial_is_given_may_not_stand_behind_the_dashes(flag, tmp_path, capsys):
-    argv = ["--tune", "learning_rate=1e-4:1e-2", "--out", str(tmp_path / "s"), "--", flag, "7"]
+    argv = ["--tune", "learning_rate=1e-4:1e-2", "--trials", "1", "--out", str(tmp_path / "s")]
+    argv += ["--", flag, "7"]
     assert sweep.main(argv) == 2
     assert f"{flag} behind --: each trial is given its own" in capsys.readouterr().err
 
