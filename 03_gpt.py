@@ -15,7 +15,7 @@ The equations, per layer and per position t:
                 (R_t q) . (R_s k) depends on q, k and the distance t - s only
     head        logits = E n(x)                              E is the embedding table (tied)
 
-Letters used below: B batch rows, T positions, S positions in the cache and the input together,
+Letters used below: B batch rows, T positions, S positions read so far (by `Decoder`, with these T),
 C = d_model, H query heads, G = n_kv_head key/value heads (H/G queries share one: GQA), D = C/H,
 M = d_mlp, V vocabulary.
 
@@ -372,8 +372,7 @@ class BlockAttention(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> Tensor:
     """Causal attention: position t of q sees the keys up to its own place.
 
-    The T queries are the last T of the S positions that k and v hold, so that a cache only makes
-    S larger.
+    The T queries are the last T of the S positions that k and v hold.
 
     Args:
         q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
@@ -417,28 +416,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.config.norm_eps, self.config.implementation)
 
 
-class KVCache:
-    """Keys and values of the positions already seen, so that each new token costs one position."""
-
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor):
-        shape = (config.n_layer, 2, batch, capacity, config.n_kv_head, config.head_dim)
-        store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.layers = [layer.unbind() for layer in store]  # keys, values: (B, capacity, G, D) each
-        self.length = 0  # positions filled in every layer
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, T, G, D) behind what the layer holds; returns all of it, (B, S, G, D)."""
-        keys, values = self.layers[layer]
-        end = self.length + k.shape[1]
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
-        return keys[:, :end], values[:, :end]
-
-
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         c, d = config.d_model, config.head_dim
         # one product for all three: rows are H query heads, then G key heads, then G value heads
         self.qkv = nn.Linear(c, (config.n_head + 2 * config.n_kv_head) * d, bias=False)
@@ -446,16 +427,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         H, G = self.config.n_head, self.config.n_kv_head
         eps, implementation = self.config.norm_eps, self.config.implementation
         qkv = normed_linear(x, gain, self.qkv.weight, eps, implementation)
         qkv = qkv.unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
         q, k, v = self.positioned(qkv, cos, sin)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, S, G, D)
         y = attention(q, k, v, self.config.implementation)  # (B, T, H, D)
         return self.out(y.flatten(2))  # (B, T, C)
 
@@ -527,15 +504,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.d_model, config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(x, self.attention_norm.weight, cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(x, self.attention_norm.weight, cos, sin)
         return x + self.mlp(x, self.mlp_norm.weight)
 
 
@@ -565,7 +542,7 @@ def next_token_probabilities(
             raise ValueError(f"{name}={value} must be {wanted}")
     logits = logits.float()
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
     p = torch.softmax(logits / temperature, dim=-1)
     if top_k is not None or top_p is not None:  # sorting takes longer than all the rest
         p, token = p.sort(dim=-1, descending=True, stable=True)
@@ -591,12 +568,100 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.searchsorted(mass, uniform * mass[:, -1:])
 
 
+def packed(weight: Tensor, rows: int) -> Tensor:
+    """The weight for `packed_product` with so many rows: on a CPU in the order that oneDNN reads.
+
+    A product of few rows lasts as long as its weight takes to be read, and torch's own product on
+    a CPU reads at a fraction of what memory gives: results/generation.py measures what this buys.
+    """
+    able = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and able:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return weight
+
+
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: x (..., K), weight (N, K) as `packed` gives it."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+class Decoder:
+    """The model reading on: it keeps the keys and values of what it has read (a KV cache).
+
+    So a new token costs one position. The equations are those of the layers above, without what
+    only a gradient needs.
+
+    Args:
+        batch: B, the rows that are read side by side.
+        capacity: the most positions that it will read, at most seq_len.
+    On a CPU it holds a copy of the weights: after a change of the model, make a new one.
+    """
+
+    def __init__(self, model: GPT, batch: int, capacity: int):
+        config, table = model.config, model.embedding.weight
+        H, G, D = config.n_head, config.n_kv_head, config.head_dim
+        if capacity > config.seq_len:
+            raise ValueError(f"capacity={capacity} must be at most seq_len={config.seq_len}")
+        self.model, self.length, self.head = model, 0, packed(table, batch)
+        on_cpu = table.device.type == "cpu"  # whose many small products are fastest in float32
+        dtype = torch.promote_types(table.dtype, torch.float32) if on_cpu else table.dtype
+        shape = (config.n_layer, 2, batch, G, capacity, D)
+        self.cache = torch.empty(shape, dtype=dtype, device=table.device)
+        self.layers = []
+        for block in model.blocks:
+            heads, mlp, qk_gain = block.attention, block.mlp, None
+            if config.qk_norm:
+                gains = heads.q_norm.weight.expand(H, -1), heads.k_norm.weight.expand(G, -1)
+                qk_gain = torch.cat(gains)  # (H + G, D)
+            gains = block.attention_norm.weight, qk_gain, block.mlp_norm.weight
+            layers = heads.qkv, heads.out, mlp.gate_up, mlp.down
+            self.layers.append((*gains, *(packed(layer.weight, batch) for layer in layers)))
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) of the token behind ids (B, T) int64, which continue what has been read."""
+        config, (B, T), start = self.model.config, ids.shape, self.length
+        end = start + T
+        H, G, D, eps = config.n_head, config.n_kv_head, config.head_dim, config.norm_eps
+        if end > self.cache.shape[4]:
+            raise ValueError(f"{end} positions; wanted at most capacity={self.cache.shape[4]}")
+        x = F.embedding(ids, self.model.embedding.weight)  # (B, T, C)
+        tables = self.model.cos[start:end], self.model.sin[start:end]  # (T, D/2)
+        cos, sin = (table.to(x.dtype).unsqueeze(1) for table in tables)
+        for layer, (keys, values) in zip(self.layers, self.cache):  # (B, G, capacity, D) each
+            attention_gain, qk_gain, mlp_gain, w_qkv, w_out, w_gate_up, w_down = layer
+            qkv = packed_product(rms_norm(x, attention_gain, eps, "torch"), w_qkv)
+            qk, v = qkv.unflatten(-1, (H + 2 * G, D)).split((H + G, G), dim=2)
+            if qk_gain is not None:
+                qk = rms_norm(qk, qk_gain, eps, "torch")  # (B, T, H + G, D)
+            q, k = turned(qk, cos, sin).split((H, G), dim=2)
+            q = q.to(keys.dtype)
+            keys[:, :, start:end] = k.transpose(1, 2)
+            values[:, :, start:end] = v.transpose(1, 2)
+            seen_k, seen_v = keys[:, :, :end], values[:, :, :end]  # (B, G, S, D)
+            if T == 1:  # one query sees everything: no mask
+                q = q.reshape(B, G, H // G, D) / math.sqrt(D)
+                y = (q @ seen_k.mT).softmax(-1) @ seen_v  # (B, G, H/G, D)
+                y = y.view(B, 1, H, D)
+            else:
+                y = attention(q, seen_k.transpose(1, 2), seen_v.transpose(1, 2), "torch")
+            x = x + packed_product(y.flatten(2).to(x.dtype), w_out)  # y (B, T, H, D)
+            gate_up = packed_product(rms_norm(x, mlp_gain, eps, "torch"), w_gate_up)
+            x = x + packed_product(swiglu(gate_up), w_down)
+        self.length = end
+        return packed_product(rms_norm(x[:, -1], self.model.norm.weight, eps, "torch"), self.head)
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig = GPTConfig()):  # noqa: B008 (frozen)
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # E, also the head
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config)
         cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
@@ -609,29 +674,22 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last hidden state, normalised, before the head: (B, T, C) for ids (B, T) int64.
-
-        With a cache the ids continue what it holds, and it is extended by them.
-        """
-        start = 0 if cache is None else cache.length
-        end = start + ids.shape[1]
-        if end > self.config.seq_len:
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The last hidden state, normalised, before the head: (B, T, C) for ids (B, T) int64."""
+        T = ids.shape[1]
+        if T > self.config.seq_len:
             raise ValueError(
-                f"{end} positions do not fit into seq_len={self.config.seq_len}; "
+                f"{T} positions do not fit into seq_len={self.config.seq_len}; "
                 "shorten the input or build the model with a larger seq_len"
             )
-        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D/2)
         x = self.embedding(ids)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
-        if cache is not None:
-            cache.length = end
+            x = block(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Next-token logits (B, T, V) for ids (B, T) int64."""
-        return F.linear(self.hidden(ids, cache), self.embedding.weight)
+        return F.linear(self.hidden(ids), self.embedding.weight)
 
     @torch.no_grad()
     def generate(
@@ -662,12 +720,11 @@ class GPT(nn.Module):
                 f"{T} given + {max_new_tokens} new tokens exceed seq_len={self.config.seq_len}; "
                 f"max_new_tokens can be at most {self.config.seq_len - T}"
             )
-        cache = KVCache(self.config, B, T + max_new_tokens, like=self.embedding.weight)
+        decoder = Decoder(self, B, T + max_new_tokens)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
         new = ids
         for _ in range(max_new_tokens):
-            logits = F.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)  # (B, V)
-            p = next_token_probabilities(logits, temperature, top_k, top_p, min_p)
+            p = next_token_probabilities(decoder(new), temperature, top_k, top_p, min_p)  # (B, V)
             new = draw(p, generator)  # (B, 1)
             if stop is not None:
                 new = new.masked_fill(ended, stop)

@@ -1147,12 +1147,12 @@ class Checkpoint:
         ids = ids.to(device)
         lengths, limits = torch.tensor([lengths, limits], device=device)  # (B,), (B,)
         every, begin = torch.arange(len(ids), device=device), int(lengths.min())
-        cache = gpt.KVCache(model.config, *ids.shape, like=model.embedding.weight)
+        decoder = gpt.Decoder(model, *ids.shape)
         written = torch.zeros(len(ids), V, device=device)  # (B, V): 1 where a reply has the token
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)  # (B,)
         new = ids[:, :begin]  # (B, begin): as much as all rows have goes in at once
         for at in range(begin, ids.shape[1]):  # then one token of every row: (B, 1)
-            logits = model(new, cache)[:, -1] - presence_penalty * written  # (B, V)
+            logits = decoder(new) - presence_penalty * written  # (B, V)
             mass = gpt.next_token_probabilities(logits, **sampling).cumsum(-1)  # (B, V)
             # the first token whose mass passes the draw; mass[:, -1] is 1 but for rounding
             drawn = torch.searchsorted(mass, draws[:, at : at + 1] * mass[:, -1:])[:, 0]  # (B,)

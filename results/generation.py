@@ -4,10 +4,10 @@
     python results/generation.py FOLDER      # a model that 06_train.py --export wrote
 
 Both load the same folder, as `03_gpt.to_huggingface` writes it; without one it is the 27M shape
-with random weights, for which the time is the same. Both continue the same prompts greedily in
-float32, with their key/value caches, and nothing ends a row early. First the tokens are compared:
-they have to be equal, but for places where the two likeliest tokens are so close that rounding
-decides. Then the two take turns, and the ratio of the medians is reported.
+with random weights, for which the time is the same. Both continue the same prompts greedily, with
+their key/value caches, and nothing ends a row early. First the tokens of float32 are compared: they
+have to be equal, but for places where the two likeliest tokens are so close that rounding decides.
+Then the two take turns, in float32 and in bfloat16, and the ratio of the medians is reported.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ gpt = train.gpt
 
 PROMPT = 16  # tokens
 NOISE = 1.2  # std times sqrt(C) of what is added to all weights: as built, the layers do nothing
+DTYPES = ("float32", "bfloat16")
 TIE = 1e-3  # of logits: a difference that rounding in float32 may turn round
 
 
@@ -64,11 +65,8 @@ def load(folder: str, device: torch.device) -> tuple[gpt.GPT, torch.nn.Module]:
     return ours, theirs.to(device)
 
 
-def check_equal(model: gpt.GPT, ours: Tensor, theirs: Tensor) -> int:
-    """How many rows (B, T) differ, each from a place on where two tokens were equally likely.
-
-    Raises: RunError when they differ elsewhere.
-    """
+def check_equal(model: gpt.GPT, ours: Tensor, theirs: Tensor) -> None:
+    """RunError when a row (B, T) differs from a place on where one token was the likeliest."""
     rows = (ours != theirs).any(dim=1).nonzero().flatten().tolist()
     for row in rows:
         place = int((ours[row] != theirs[row]).nonzero()[0])
@@ -80,7 +78,6 @@ def check_equal(model: gpt.GPT, ours: Tensor, theirs: Tensor) -> int:
                 f"row {row} differs at place {place}, where token {ours[row, place]} and token "
                 f"{theirs[row, place]} have logits {apart:.2g} apart; wanted the same tokens"
             )
-    return len(rows)
 
 
 def compare(
@@ -128,19 +125,25 @@ def run(args: argparse.Namespace) -> dict:
         "transformers": importlib.import_module("transformers").__version__,
         "parameters": gpt.parameter_count(model.config),
         "new_tokens": new,
-        "rows": {},
     }
     print(f"{result['machine']}, {result['parameters']:,} parameters, {new} tokens a row, tokens/s")
-    print("rows       ours   transformers   ratio   rows with equal tokens")
-    for rows in args.rows:
-        ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device=device)
-        once = [generate(ids, new) for generate in sides.values()]  # and the first is not timed
-        equal = rows - check_equal(model, *once)
-        found = compare(sides, ids, new, args.turns)
-        rates = [found[name]["tokens_per_second"] for name in sides]
-        found |= {"ratio": rates[0] / rates[1], "equal_rows": equal}
-        result["rows"][rows] = found
-        print(f"{rows:4d} {rates[0]:10.0f} {rates[1]:14.0f} {found['ratio']:7.2f} {equal:8d}")
+    print("dtype      rows       ours   transformers   ratio   rows with equal tokens")
+    for dtype in args.dtypes:
+        for side in (model, other):
+            side.to(getattr(torch, dtype))
+        result[dtype] = {}
+        for rows in args.rows:
+            ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device=device)
+            ours, theirs = (generate(ids, new) for generate in sides.values())  # and warms up
+            if dtype == "float32":
+                check_equal(model, ours, theirs)
+            equal = int((ours == theirs).all(dim=1).sum())
+            found = compare(sides, ids, new, args.turns)
+            rates = [found[name]["tokens_per_second"] for name in sides]
+            found |= {"ratio": rates[0] / rates[1], "equal_rows": equal}
+            result[dtype][rows] = found
+            numbers = f"{rates[0]:10.0f} {rates[1]:14.0f} {found['ratio']:7.2f} {equal:8d}"
+            print(f"{dtype:10} {rows:4d} {numbers}")
     return result
 
 
@@ -148,6 +151,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="an exported model; left out: random weights")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="B, in turn")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="in turn")
     parser.add_argument("--new-tokens", type=int, default=200, help="of each row")
     parser.add_argument("--turns", type=int, default=5, help="timed runs of each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to it")

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_03_gpt.py
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 
@@ -669,15 +670,41 @@ def test_config_names_wrong_values(change, word):
 # generation
 
 
-def test_cache_in_pieces_equals_full_recomputation():
-    model, ids = scrambled(SMALL).double(), random_ids(SMALL, 2, 40)
+# float64's rotation table is float32 on both sides, so it cancels; float32's products are packed
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 1, 1, 20, 5]])
+def test_decoder_in_pieces_equals_full_recomputation(pieces, qk_norm, dtype, tolerance):
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
+    model, ids = scrambled(config).double(), random_ids(config, 2, 40)
     with torch.no_grad():
-        wanted = model(ids)
-        for pieces in ([40], [1] * 40, [13, 1, 1, 20, 5]):
-            cache = gpt.KVCache(SMALL, 2, 40, like=model.embedding.weight)
-            parts = [model(part, cache) for part in ids.split(pieces, dim=1)]
-            # float64; the rotation table is float32 on both sides, so it cancels
-            torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-10, rtol=1e-10)
+        wanted = model(ids)[:, [end - 1 for end in itertools.accumulate(pieces)]]
+    decoder = gpt.Decoder(model.to(dtype), 2, 40)
+    found = torch.stack([decoder(part) for part in ids.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(found, wanted.to(dtype), atol=tolerance, rtol=tolerance)
+
+
+def test_decoder_rounds_no_more_than_the_model_in_bfloat16():
+    model, ids = scrambled(SMALL), random_ids(SMALL, 4, 40)
+    model = model.bfloat16().double()  # so that both begin from the same weights
+    with torch.no_grad():
+        exact = model(ids)
+        model = model.bfloat16()
+        whole = model(ids)
+    decoder = gpt.Decoder(model, 4, 40)
+    parts = torch.stack([decoder(ids[:, t : t + 1]) for t in range(40)], dim=1)
+    assert parts.dtype == torch.bfloat16
+    ours, wanted = ((x - exact).square().mean().sqrt() for x in (parts, whole))
+    assert ours < 1.1 * wanted
+
+
+def test_decoder_reads_no_further_than_its_capacity():
+    decoder = gpt.Decoder(scrambled(SMALL), 2, 10)
+    decoder(random_ids(SMALL, 2, 8))
+    with pytest.raises(ValueError, match="11 positions; wanted at most capacity=10"):
+        decoder(random_ids(SMALL, 2, 3))
+    with pytest.raises(ValueError, match="capacity=1000 must be at most seq_len"):
+        gpt.Decoder(scrambled(SMALL), 2, 1000)
 
 
 def test_generate_greedy_equals_full_recomputation():
