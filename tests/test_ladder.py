@@ -143,7 +143,7 @@ def test_equal_time_has_more_steps_and_is_the_same_otherwise():
         ladder.describe(name, "stories", 0, 200, {})
         for name in ("without Muon", "without Muon, equal time")
     )
-    assert (short["steps"], long["steps"]) == (200, 240)
+    assert (short["steps"], long["steps"]) == (200, 224)
     assert short["settings"] == long["settings"]
 
 
@@ -248,7 +248,7 @@ def test_tuning_stays_out_of_the_table(trained, tmp_path):
     lines = ladder.tuning(kept, "text.txt").splitlines()
     assert len(lines) == len(ladder.TUNED) and ladder.tuning(kept, "other.txt") == ""
     rate = ladder.TUNED[0][1]["learning_rate"]  # the first run, with which the mock scores 1
-    wanted = f"tuning, text.txt, 200 steps, adamw, learning_rate {rate:g}: 1.000 bits per byte"
+    wanted = f"tuning, text.txt, {ladder.STEPS} steps, adamw, learning_rate {rate:g}: 1.000 bits per byte"
     assert wanted in lines
 
 
