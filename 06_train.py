@@ -11,7 +11,7 @@ the same code with another preset, and every field of `Config` is a flag:
     python 06_train.py --out runs/mine --sample "Once upon a time"
     python 06_train.py --out runs/mine --export exported    # a folder that transformers loads
     python 06_train.py --preset tinystories --plan          # memory, hours, dollars; trains nothing
-    torchrun --nproc-per-node 8 06_train.py                 # on 8 GPUs
+    torchrun --nproc-per-node 8 06_train.py                 # on 8 GPUs; --shard: the model in parts
 
 What one step computes, for a batch of rows x with targets y, N of them not padding:
 
@@ -40,7 +40,9 @@ torch's fast kernels, of embeddings for one, add in no fixed order and two runs 
 Several processes: each takes its share of the rows of a batch, the same batch for any number of
 them, and adds its gradient to the others'. So a run may be resumed with another number: the same
 batches, sums in another order. With the same number it is the same numbers. Over several machines
-(torchrun --nnodes) --out and --cache have to be on a disk that all of them see.
+(torchrun --nnodes) --out and --cache have to be on a disk that all of them see. With --shard each
+holds its part of weights, gradients and moments alone, for a model that no GPU holds; a checkpoint
+is whole either way, so that --resume may go on with --shard or --no-shard.
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -89,6 +91,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, bpe, corpus, stories, tinystories
@@ -148,6 +152,7 @@ class Config:
     dtype: str = "auto"  # of matrix products: "float32", "bfloat16", or what suits the device
     implementation: str = "auto"  # of layers, loss, AdamW: "torch", "triton"; "auto": GPUs triton
     compile: bool = False  # torch.compile the model: minutes once, then faster steps
+    shard: bool = False  # under torchrun each process holds its part of the model alone (FSDP)
     model: str = "0.5m"  # shape, by its name in 03_gpt.PRESETS
     vocab_size: int = 1024  # tokens, at most; a small text may have fewer
     seq_len: int = 200  # T, tokens
@@ -324,8 +329,9 @@ def make_deterministic() -> None:
 class Team:
     """The processes that train one model together: this one alone, or those of torchrun.
 
-    Each holds the whole model. A batch is the same rows for any number of them, and of those each
-    takes every size-th; the gradients are added up between backward and update.
+    A batch is the same rows for any number of them, and of those each takes every size-th; the
+    gradients are added up between backward and update. Each holds the whole model (torch's DDP), or
+    its part of every weight, gradient and moment (FSDP), and gathers a layer while it computes it.
     """
 
     def __init__(self, device: torch.device):
@@ -370,12 +376,23 @@ class Team:
             return flag
         return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def shard(self, objective: Objective) -> None:
+        """Leaves each process its part of every weight, along the first axis: a DTensor."""
+        mesh = distributed.init_device_mesh(self.device.type, (self.size,))
+        for block in objective.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)  # what is outside of blocks
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, whose backward pass then leaves the mean of all processes' gradients."""
-        return DistributedDataParallel(module) if self.size > 1 else module
+        alone = self.size == 1 or isinstance(module, FSDPModule)  # which sees to it by itself
+        return module if alone else DistributedDataParallel(module)
 
     def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
         """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(now)
+            return contextlib.nullcontext()
         return contextlib.nullcontext() if now or self.size == 1 else module.no_sync()
 
     def dollars(self, config: Config, seconds: float) -> float | None:
@@ -386,11 +403,27 @@ class Team:
         return price and price * self.size * seconds / 3600
 
 
+def whole(state):
+    """The state with what is in parts put together; a call that all processes make."""
+    if isinstance(state, dict):
+        return {name: whole(part) for name, part in state.items()}
+    if isinstance(state, list):
+        return [whole(part) for part in state]
+    return state.full_tensor() if isinstance(state, DTensor) else state
+
+
+def parted(value, like: Tensor):
+    """A whole tensor in parts, as another of its shape is; what has another shape as it is."""
+    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
 # The run folder: config.json, vocabulary.json, metrics.jsonl, step-STEP-CHECKSUM.pt
 
 STARTED = {"config.json.part"}  # all that a run killed at its start may have left
 # what a resumed run may be given anew; all else has to be as it was
-MAY_CHANGE = {"preset", "out", "cache", "resume", "sample", "checkpoint", "plan", "export"}
+MAY_CHANGE = {"preset", "shard", "out", "cache", "resume", "sample", "checkpoint", "plan", "export"}
 MAY_CHANGE |= {"device", "compile", "accumulate", "implementation", "deterministic"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_tokens", "checkpoint_every"}
 MAY_CHANGE |= {"samples", "temperature", "min_p", "dollars_per_hour", "track"}
@@ -651,7 +684,8 @@ def evaluate(
     rows = min(len(val), int(np.searchsorted(val.lengths.cumsum(), limit)) + 1)
     sums = torch.zeros(3, dtype=torch.float64, device=token_bytes.device)
     size = val.batch_size
-    for first in range(team.rank * size, rows, team.size * size):
+    for start in range(0, rows, team.size * size):  # all as often, if some on no row at last
+        first = start + team.rank * size
         x, y, count = val.take(np.arange(first, min(first + size, rows)))
         text_bytes = (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum()
         sums += torch.stack((loss_sum(x, y).double(), text_bytes, text_bytes.new_tensor(count)))
@@ -835,12 +869,15 @@ class Run:
     ):
         self.config, self.vocabulary, self.device, self.team = config, vocabulary, device, team
         self.folder = Path(config.out)
-        self.model = build(config, vocabulary).to(device)
+        self.model = build(config, vocabulary)
+        self.loss_sum = Objective(self.model, dtype, config.implementation)
+        if config.shard:
+            team.shard(self.loss_sum)  # before it goes to the device, which may not hold it
+        self.loss_sum.to(device)
         self.optimizers = make_optimizers(config, self.model)
         self.guard = stability.SpikeGuard()
         self.place = Place()
         self.started = time.perf_counter()
-        self.loss_sum = Objective(self.model, dtype, config.implementation)
         if config.compile:
             self.loss_sum.compile()
         self.shared = team.wrap(self.loss_sum)
@@ -864,14 +901,16 @@ class Run:
 
     def save(self) -> Path:
         """Writes a checkpoint; makes the folder again where somebody has removed it."""
+        weights = whole(self.model.state_dict())
+        moments = [whole(optimizer.state_dict()) for optimizer in self.optimizers]
         if not self.team.first:
             return self.folder
         cuda = self.device.type == "cuda"
         state = {
             "step": self.place.step,
             "place": asdict(self.place) | {"seconds": self.seconds},
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": weights,
+            "optimizers": moments,
             "guard": self.guard.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
@@ -884,7 +923,7 @@ class Run:
     def restore(self, state: dict | None) -> None:
         """Goes to where a checkpoint was taken; without one, to the beginning."""
         if state is None:
-            self.model.load_state_dict(build(self.config, self.vocabulary).state_dict())
+            self.load_weights(build(self.config, self.vocabulary).state_dict())
             self.optimizers = make_optimizers(self.config, self.model)
             self.guard, self.place = stability.SpikeGuard(), Place()
             return
@@ -893,14 +932,31 @@ class Run:
                 f"--out {self.folder}: the text of --data {self.config.data} has changed since the "
                 "checkpoint was made, and its vocabulary with it; start anew in another --out"
             )
-        self.model.load_state_dict(state["model"])
+        self.load_weights(state["model"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(stored)
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                i: {name: parted(value, weights[i]) for name, value in of_one.items()}
+                for i, of_one in stored["state"].items()
+            }
+            optimizer.load_state_dict(stored | {"state": moments})
         self.guard.load_state_dict(state["guard"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.place = Place(**state["place"])
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: parted(state[name], own[name]) for name in own})
+
+    def whole_model(self) -> gpt.GPT:
+        """The model as one process can use it alone; a call that all processes make."""
+        if not self.config.shard:
+            return self.model
+        model = build(self.config, self.vocabulary)
+        model.load_state_dict(whole(self.model.state_dict()))
+        return model.to(self.device)
 
     def rewind(self) -> None:
         """Goes back to the newest checkpoint, and on with the data behind the present batch.
@@ -981,6 +1037,8 @@ def train_together(
     check(config.batch_size % (config.accumulate * team.size) == 0, "batch_size",
           config.batch_size, f"a multiple of accumulate={config.accumulate} times {team.size} "
           "processes")  # fmt: skip
+    check(not config.shard or (team.size > 1 and not config.compile), "shard", config.shard,
+          "torchrun with more than one process, and no --compile; or --no-shard")  # fmt: skip
     folder, trunk = Path(config.out), None
     if team.first:
         check_folder(config)
@@ -1044,7 +1102,7 @@ def train_together(
             x, y, count = source.batch(place.batch, team.rank, team.size)  # (B, T), (B, T)
             loss = run.backward(x, y, count)
             named = list(run.model.named_parameters())
-            norm = stability.clip_grad_norm_(named, config.grad_clip or math.inf)
+            norm = whole(stability.clip_grad_norm_(named, config.grad_clip or math.inf))
 
             # 5. judge it, then update: a step that would do harm is left out or undone
             if config.guard == "on":
@@ -1059,7 +1117,8 @@ def train_together(
                     optimizer.step()
                 place.tokens += count
             else:
-                names = stability.nonfinite_gradients(named)
+                gradients = [(name, p.grad) for name, p in named if p.grad is not None]
+                names = [name for name, g in gradients if not whole(g.isfinite().all())]
                 reason = verdict.reason
                 if names:
                     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -1120,7 +1179,7 @@ def train_together(
     built_in = config.data == "stories"
     count = config.samples if built_in else min(1, config.samples)
     if count:
-        texts = write_stories(run.model, data.vocabulary, config, count=count)
+        texts = write_stories(run.whole_model(), data.vocabulary, config, count=count)
         if built_in:
             sound = count_sound(texts)
             print(f"sound    {sound} of {len(texts)} sampled stories break no rule of the grammar")

@@ -403,16 +403,50 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-@pytest.fixture(scope="module")
-def shared(broken):
-    """The folder of the small run in two processes that nothing disturbed; what it printed."""
+PARTS = """
+import importlib, math, sys
+import torch
+sys.path.insert(0, {root!r})
+train = importlib.import_module("06_train")
+device = torch.device("cpu")
+config = train.Config(shard=True)
+vocabulary = train.bpe.train(["abc abd abe"] * 9, 260)
+with train.Team(device) as team:
+    run = train.Run(config, vocabulary, device, torch.float32, team)
+    x = torch.arange(8).reshape(2, 4)
+    run.backward(x, x, 16)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    total = sum(p.numel() for p in run.model.parameters())
+    tensors = [*run.model.parameters(), *(p.grad for p in run.model.parameters())]
+    tensors += [t for o in run.optimizers for of in o.state.values() for t in of.values()
+                if isinstance(t, torch.Tensor) and t.ndim]
+    parts = sum(t.to_local().numel() for t in tensors)
+    every = sum(t.numel() for t in tensors)
+    assert every > 3 * total and abs(parts / every - 0.5) < 0.01, (parts, every)
+    named = list(run.model.named_parameters())
+    if not team.first:
+        named[0][1].grad.to_local()[-1, -1] = math.nan
+    assert [n for n, p in named if not train.whole(p.grad.isfinite().all())] == [named[0][0]]
+    norm = train.whole(train.stability.clip_grad_norm_(named, 1.0))
+    assert math.isnan(norm.item())
+    run.restore(None)  # and the first weights are as built
+    for name, value in train.build(config, vocabulary).state_dict().items():
+        assert torch.equal(run.whole_model().state_dict()[name], value), name
+    print(f"process {{team.rank}}: ok")
+"""
+
+
+@pytest.fixture(scope="module", params=[[], ["--shard"]], ids=["whole", "parts"])
+def shared(broken, request):
+    """Folder of the small run in two processes that nothing disturbed, what it printed, flags."""
     out = broken.new()
-    return out, pair(broken, out)
+    return out, pair(broken, out, *request.param), request.param
 
 
 def test_two_processes_train_like_one(reference, shared):
     """The same batches; sums of float32 in another order are all that differs, and it grows."""
-    out, printed = shared
+    out, printed, _ = shared
     metrics, wanted_metrics = numbers_of(out)[0], reference[0]
     assert [m["step"] for m in metrics] == [m["step"] for m in wanted_metrics]
     for ours, wanted in zip(metrics, wanted_metrics):
@@ -423,8 +457,8 @@ def test_two_processes_train_like_one(reference, shared):
 
 
 def test_a_killed_process_ends_all_and_the_run_goes_on(shared, broken, tmp_path):
-    out = broken.new()
-    process = torchrun(tmp_path, broken.cache, out)
+    out, (whole, _, more) = broken.new(), shared
+    process = torchrun(tmp_path, broken.cache, out, *more)
     deadline, metrics = time.time() + 200, out / "metrics.jsonl"
     while not metrics.exists() or '"step": 12' not in metrics.read_text():
         assert time.time() < deadline and process.poll() is None
@@ -432,8 +466,36 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(shared, broken, tmp_path)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=100) != 0
     assert 0 < train.load_checkpoint(out)["step"] < 40
-    assert "resume   at step" in pair(broken, out, "--resume")
-    assert_same(out, numbers_of(shared[0]))
+    assert "resume   at step" in pair(broken, out, "--resume", *more)
+    assert_same(out, numbers_of(whole))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(shared, broken):
+    """Checkpoints hold whole tensors, also those of a model in parts: alone, then the two again."""
+    whole, _, more = shared
+    out = broken.new()
+    shutil.copytree(whole, out)
+    for together in (False, True):
+        newest, *others = train.checkpoint_files(out)
+        assert train.step_of(newest) == 40 and others
+        newest.unlink()
+        if together:
+            pair(broken, out, "--resume", *more)
+        else:
+            assert broken.run(out, "--resume", "--no-shard") == 0, broken.errors.read_text()
+        metrics, wanted = numbers_of(out)[0][-1], numbers_of(whole)[0][-1]
+        assert metrics["step"] == wanted["step"] == 40
+        assert metrics["val_nats"] == pytest.approx(wanted["val_nats"], rel=1e-3)
+
+
+def test_each_of_two_processes_holds_half_of_everything(tmp_path):
+    """And a number that is not finite in the other's half is seen by both."""
+    program = tmp_path / "parts.py"
+    program.write_text(PARTS.format(root=str(ROOT)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["process 0: ok", "process 1: ok"]
 
 
 def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, cache, tmp_path):

@@ -248,7 +248,8 @@ def test_tuning_stays_out_of_the_table(trained, tmp_path):
     lines = ladder.tuning(kept, "text.txt").splitlines()
     assert len(lines) == len(ladder.TUNED) and ladder.tuning(kept, "other.txt") == ""
     rate = ladder.TUNED[0][1]["learning_rate"]  # the first run, with which the mock scores 1
-    wanted = f"tuning, text.txt, {ladder.STEPS} steps, adamw, learning_rate {rate:g}: 1.000 bits per byte"
+    what = f"{ladder.STEPS} steps, adamw, learning_rate {rate:g}: 1.000 bits per byte"
+    wanted = f"tuning, text.txt, {what}"
     assert wanted in lines
 
 
