@@ -158,8 +158,10 @@ def activation_bytes(
     # x_hat of the two norms, q|k|v, q|k turned, what attention gives, gate|up
     narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M + fused * M
     per_layer = 4 * scales + dtype.itemsize * narrow + fused * 4 * (2 * C + H)
-    copied = C + fused * ((H + 2 * G) * D + 3 * M)  # rows of weights copied in autocast's dtype
-    copies = dtype.itemsize * config.n_layer * C * copied * (dtype != torch.float32)
+    scaled = (H + 2 * G) * D + 2 * M  # rows of weights with a norm's gain, plain; else autocast's
+    copied = (C + fused * M) * (dtype != torch.float32)  # rows of those that autocast copies
+    copied += scaled * (not fused or dtype != torch.float32)
+    copies = dtype.itemsize * config.n_layer * C * copied
     return tokens * (config.n_layer * per_layer + 4 * (C + 1)) + copies
 
 
@@ -174,18 +176,14 @@ def use_triton(implementation: str, x: Tensor) -> bool:
     return implementation == "triton" or (implementation == "auto" and on_gpu)
 
 
-def norm_gradients(dy: Tensor, x_hat: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx and dL/dgain of y = x_hat * gain, x_hat = x * rstd, from dL/dy, all (..., C).
+def norm_gradient(slope: Tensor, x_hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """dL/dx of x_hat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), from slope = dL/dx_hat.
 
-    With rstd = 1 / sqrt(mean(x^2) + eps) (..., 1), slope = dL/dx_hat = dy * gain, and means along
-    the last axis:
-        dL/dx = rstd * (slope - x_hat * mean(slope * x_hat)),   dL/dgain = sum of dy * x_hat
+        dL/dx = rstd * (slope - x_hat * mean),   mean = that of slope * x_hat along the last axis
     The norm forgets how long x is, so the part of the slope along x_hat does not reach x.
+    Args: slope (..., C), in rstd's type, overwritten; x_hat (..., C); mean, rstd (..., 1).
     """
-    product = dy * x_hat
-    d_gain = product.reshape(-1, *gain.shape).sum(0)
-    mean = product.mul_(gain).mean(-1, keepdim=True)  # (..., 1) of slope * x_hat
-    return (dy * gain).addcmul_(x_hat, mean, value=-1).mul_(rstd), d_gain
+    return slope.addcmul_(x_hat, mean, value=-1).mul_(rstd)
 
 
 class Normalise(torch.autograd.Function):
@@ -202,8 +200,11 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd = ctx.saved_tensors
-        dx, d_gain = norm_gradients(dy, x * rstd, gain, rstd)
-        return dx.to(x.dtype), d_gain.to(gain.dtype), None
+        x_hat = x * rstd
+        product = dy * x_hat
+        d_gain = product.reshape(-1, *gain.shape).sum(0)
+        mean = product.mul_(gain).mean(-1, keepdim=True)  # (..., 1)
+        return norm_gradient(dy * gain, x_hat, mean, rstd).to(x.dtype), d_gain.to(gain.dtype), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") -> Tensor:
@@ -230,29 +231,36 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class NormedLinear(torch.autograd.Function):
-    """rms_norm(x, gain) @ weight.T, keeping x_hat = x * rstd alone, in the product's own type.
+    """rms_norm(x, gain) @ weight.T as x_hat @ scaled.T, x_hat = x * rstd in the product's type.
 
-    With h = x_hat * gain: dL/dweight = dy^T h, dL/dh = dy @ weight, and on by `norm_gradients`.
+    The gain goes into the weight, scaled = weight * gain, since a weight has fewer rows than x. So
+        dL/dscaled = dy^T x_hat,   dL/dweight = dL/dscaled * gain,
+        dL/dgain = sum over the rows of dL/dscaled * weight,
+        dL/dx_hat = dy @ scaled, and on by `norm_gradient`
     """
 
     @staticmethod
     def forward(ctx, x, gain, weight, eps):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
+        rstd = torch.rsqrt(length.square() / x.shape[-1] + eps)
         x_hat = (wide * rstd).to(product_dtype(x))  # (..., C)
-        ctx.save_for_backward(x_hat, rstd, gain, weight)
+        scaled = (weight * gain).to(x_hat.dtype)  # (rows, C)
+        ctx.save_for_backward(x_hat, rstd, gain, weight, scaled)
         ctx.dtype = x.dtype
-        return F.linear(x_hat * gain.to(x_hat.dtype), weight)
+        return F.linear(x_hat, scaled)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_hat, rstd, gain, weight = ctx.saved_tensors
-        h = x_hat * gain.to(x_hat.dtype)  # (..., C)
-        d_weight = dy.reshape(-1, len(weight)).T @ h.reshape(-1, len(gain))  # (rows, C)
-        dh = (dy @ weight.to(dy.dtype)).to(rstd.dtype)  # (..., C)
-        dx, d_gain = norm_gradients(dh, x_hat, gain, rstd)
-        return dx.to(ctx.dtype), d_gain, d_weight.to(weight.dtype), None
+        x_hat, rstd, gain, weight, scaled = ctx.saved_tensors
+        d_scaled = dy.reshape(-1, len(weight)).T @ x_hat.reshape(-1, len(gain))  # (rows, C)
+        d_scaled = d_scaled.to(weight.dtype)
+        d_gain = (d_scaled * weight).sum(0)  # (C,)
+        slope = dy @ scaled  # (..., C)
+        mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (..., 1)
+        dx = norm_gradient(slope.to(rstd.dtype), x_hat, mean, rstd)
+        return dx.to(ctx.dtype), d_gain.to(gain.dtype), d_scaled.mul_(gain), None
 
 
 def normed_linear(
@@ -464,6 +472,7 @@ class GatedProduct(torch.autograd.Function):
 
     With s = sigmoid(gate), silu = gate * s, h = silu * up, and dh what its product leaves:
         dL/dup = dh * silu,   dL/dgate = dh * up * (s + silu * (1 - s))
+    On a CPU by blocks of rows, so that what lies between stays in the cache.
     """
 
     @staticmethod
@@ -475,13 +484,20 @@ class GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)  # (..., M) each
-        silu = F.silu(gate)  # (..., M)
-        d_weight = dy.flatten(0, -2).T @ (silu * up).flatten(0, -2)  # (C, M)
-        dh = dy @ weight.to(dy.dtype)  # (..., M)
-        d_up = silu.mul_(dh)
-        d_gate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-        return torch.cat((d_gate, d_up), dim=-1), d_weight.to(weight.dtype)
+        shape, narrow = gate_up.shape, weight.to(dy.dtype)
+        dy, gate_up = dy.flatten(0, -2), gate_up.flatten(0, -2)  # (rows, C), (rows, 2M)
+        gradient = torch.empty_like(gate_up)
+        d_gate, d_up = gradient.chunk(2, dim=-1)  # (rows, M) each
+        h = torch.empty_like(gate_up[:, : weight.shape[1]])  # (rows, M)
+        size = 256 if dy.device.type == "cpu" else max(1, len(dy))
+        for first in range(0, len(dy), size):
+            block = slice(first, first + size)
+            gate, up = gate_up[block].chunk(2, dim=-1)
+            silu, dh = F.silu(gate), dy[block] @ narrow
+            h[block] = silu * up
+            d_up[block] = silu.mul_(dh)
+            d_gate[block] = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+        return gradient.view(shape), (dy.T @ h).to(weight.dtype)  # (..., 2M), (C, M)
 
 
 class MLP(nn.Module):
