@@ -489,7 +489,7 @@ class GatedProduct(torch.autograd.Function):
         gradient = torch.empty_like(gate_up)
         d_gate, d_up = gradient.chunk(2, dim=-1)  # (rows, M) each
         h = torch.empty_like(gate_up[:, : weight.shape[1]])  # (rows, M)
-        size = 256 if dy.device.type == "cpu" else max(1, len(dy))
+        size = max(1, 2**19 // weight.shape[1] if dy.device.type == "cpu" else len(dy))
         for first in range(0, len(dy), size):
             block = slice(first, first + size)
             gate, up = gate_up[block].chunk(2, dim=-1)
