@@ -495,7 +495,7 @@ def test_each_of_two_processes_holds_half_of_everything(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["process 0: ok", "process 1: ok"]
+    assert "process 0: ok" in done.stdout and "process 1: ok" in done.stdout
 
 
 def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, cache, tmp_path):
