@@ -233,7 +233,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 class NormedLinear(torch.autograd.Function):
     """rms_norm(x, gain) @ weight.T as x_hat @ scaled.T, x_hat = x * rstd in the product's type.
 
-    The gain goes into the weight, scaled = weight * gain, since a weight has fewer rows than x. So
+    The gain goes into the weight, scaled = weight * gain, which in a large batch has fewer rows. So
         dL/dscaled = dy^T x_hat,   dL/dweight = dL/dscaled * gain,
         dL/dgain = sum over the rows of dL/dscaled * weight,
         dL/dx_hat = dy @ scaled, and on by `norm_gradient`
@@ -581,14 +581,15 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     mass = p.cumsum(-1)  # (B, V)
     uniform = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
-    return torch.searchsorted(mass, uniform * mass[:, -1:])
+    token = torch.searchsorted(mass, uniform * mass[:, -1:])
+    return token.clamp(max=p.shape[-1] - 1)  # past the end where p holds a NaN
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
     """The weight for `packed_product` with so many rows: on a CPU in the order that oneDNN reads.
 
     A product of few rows lasts as long as its weight takes to be read, and torch's own product on
-    a CPU reads at a fraction of what memory gives: results/generation.py measures what this buys.
+    a CPU reads at a fraction of what memory gives. (results/generation.py times `Decoder`.)
     """
     able = weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -643,6 +644,8 @@ class Decoder:
         config, (B, T), start = self.model.config, ids.shape, self.length
         end = start + T
         H, G, D, eps = config.n_head, config.n_kv_head, config.head_dim, config.norm_eps
+        if B != self.cache.shape[2]:
+            raise ValueError(f"ids have {B} rows; wanted batch={self.cache.shape[2]}")
         if end > self.cache.shape[4]:
             raise ValueError(f"{end} positions; wanted at most capacity={self.cache.shape[4]}")
         x = F.embedding(ids, self.model.embedding.weight)  # (B, T, C)

@@ -42,7 +42,8 @@ them, and adds its gradient to the others'. So a run may be resumed with another
 batches, sums in another order. With the same number it is the same numbers. Over several machines
 (torchrun --nnodes) --out and --cache have to be on a disk that all of them see. With --shard each
 holds its part of weights, gradients and moments alone, for a model that no GPU holds; a checkpoint
-is whole either way, so that --resume may go on with --shard or --no-shard.
+is whole either way, so that --resume may go on with --shard or --no-shard. It does not go with
+--compile, which the preset of a GPU has: add --no-compile.
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -390,10 +391,9 @@ class Team:
 
     def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
         """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(now)
+        if now or self.size == 1 or isinstance(module, FSDPModule):  # which adds up its part alone
             return contextlib.nullcontext()
-        return contextlib.nullcontext() if now or self.size == 1 else module.no_sync()
+        return module.no_sync()
 
     def dollars(self, config: Config, seconds: float) -> float | None:
         """What that time costs, where the price is given or known."""
@@ -404,12 +404,12 @@ class Team:
 
 
 def whole(state):
-    """The state with what is in parts put together; a call that all processes make."""
+    """The state with what is in parts put together on the CPU; a call that all processes make."""
     if isinstance(state, dict):
         return {name: whole(part) for name, part in state.items()}
     if isinstance(state, list):
         return [whole(part) for part in state]
-    return state.full_tensor() if isinstance(state, DTensor) else state
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
 
 
 def parted(value, like: Tensor):
@@ -951,12 +951,12 @@ class Run:
         self.model.load_state_dict({name: parted(state[name], own[name]) for name in own})
 
     def whole_model(self) -> gpt.GPT:
-        """The model as one process can use it alone; a call that all processes make."""
+        """The model for one process alone, of parts a copy on the CPU; a call of all processes."""
         if not self.config.shard:
             return self.model
         model = build(self.config, self.vocabulary)
         model.load_state_dict(whole(self.model.state_dict()))
-        return model.to(self.device)
+        return model
 
     def rewind(self) -> None:
         """Goes back to the newest checkpoint, and on with the data behind the present batch.

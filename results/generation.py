@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ def write_random_model(folder: str) -> None:
     gpt.to_huggingface(model, folder)
 
 
-def load(folder: str, device: torch.device) -> tuple[gpt.GPT, torch.nn.Module]:
+def load(
+    folder: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[gpt.GPT, torch.nn.Module]:
     """The folder's model, as ours and as transformers' own."""
     try:
         import transformers
@@ -56,13 +59,22 @@ def load(folder: str, device: torch.device) -> tuple[gpt.GPT, torch.nn.Module]:
     if not (Path(folder) / "config.json").is_file():
         raise train.RunError(f"{folder}: no config.json; 06_train.py --export FOLDER writes one")
     try:
-        ours = gpt.from_huggingface(folder).to(device)
+        ours = gpt.from_huggingface(folder).to(device, dtype)
     except ValueError as error:
         raise train.RunError(str(error)) from error
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     theirs.generation_config.eos_token_id = None  # so that no row ends early
     return ours, theirs.to(device)
+
+
+def greedy(model: gpt.GPT, ids: Tensor, new: int) -> Tensor:
+    return model.generate(ids, new, temperature=0)
+
+
+def their_greedy(model: torch.nn.Module, ids: Tensor, new: int) -> Tensor:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
 
 
 def check_equal(model: gpt.GPT, ours: Tensor, theirs: Tensor) -> None:
@@ -109,16 +121,12 @@ def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as made:
         if args.folder is None:
             write_random_model(made)
-        model, other = load(args.folder or made, device)
+        folder = args.folder or made
+        loaded = {dtype: load(folder, device, getattr(torch, dtype)) for dtype in args.dtypes}
+    model, _ = loaded[args.dtypes[0]]
     new, most = args.new_tokens, model.config.seq_len - PROMPT
     if not 1 <= new <= most:
         raise train.RunError(f"--new-tokens {new}: wanted 1 to {most}, seq_len less the prompt")
-    sides = {
-        "ours": lambda ids, new: model.generate(ids, new, temperature=0),
-        "transformers": lambda ids, new: other.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
-        ),
-    }
     result = {
         "machine": train.device_name(device),
         "torch": torch.__version__,
@@ -129,8 +137,8 @@ def run(args: argparse.Namespace) -> dict:
     print(f"{result['machine']}, {result['parameters']:,} parameters, {new} tokens a row, tokens/s")
     print("dtype      rows       ours   transformers   ratio   rows with equal tokens")
     for dtype in args.dtypes:
-        for side in (model, other):
-            side.to(getattr(torch, dtype))
+        model, other = loaded[dtype]
+        sides = {"ours": partial(greedy, model), "transformers": partial(their_greedy, other)}
         result[dtype] = {}
         for rows in args.rows:
             ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device=device)

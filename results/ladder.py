@@ -7,10 +7,12 @@
     python results/ladder.py --plot results/ladder.png
 
 Each arm is a run of 06_train.py's own `train` with other settings, or with a model changed after
-it was built, on the same number of tokens in the same order. What is taken back is what smolGPT
-has, where most people start: AdamW for all weights, a tenth of the learning rates (its 6e-4), no
-QK-norm, learned positions, dropout 0.2, a cosine down to a tenth, random output projections. The
-arm "none of them" takes back all. Only the shape stays ours: SwiGLU, RMSNorm, tied embeddings.
+it was built, on the same tokens in the same order (the arm of equal time goes on to 1.12 times as
+many). What is taken back is what smolGPT has, where most people start: AdamW for all weights, a
+tenth of the learning rates (its 6e-4), no QK-norm, learned positions, dropout 0.2, a cosine down to
+a tenth, random output projections. The
+arm "none of them" takes back all. The shape stays ours (SwiGLU, RMSNorm, tied embeddings), and so
+do beta2, the scales of the first weights, rows of whole stories, the guard and the tokeniser.
 
 Runs are kept in --json as they end and are not done again: stop it at any time, start it again, add
 seeds. The table takes the runs whose settings are today's, and the runs of --tune stay out of it.

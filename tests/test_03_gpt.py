@@ -703,6 +703,8 @@ def test_decoder_reads_no_further_than_its_capacity():
     decoder(random_ids(SMALL, 2, 8))
     with pytest.raises(ValueError, match="11 positions; wanted at most capacity=10"):
         decoder(random_ids(SMALL, 2, 3))
+    with pytest.raises(ValueError, match="ids have 1 rows; wanted batch=2"):
+        decoder(random_ids(SMALL, 1, 1))
     with pytest.raises(ValueError, match="capacity=1000 must be at most seq_len"):
         gpt.Decoder(scrambled(SMALL), 2, 1000)
 
