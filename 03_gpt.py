@@ -200,7 +200,7 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd = ctx.saved_tensors
-        x_hat = x * rstd
+        x_hat = x * rstd  # (..., C)
         product = dy * x_hat
         d_gain = product.reshape(-1, *gain.shape).sum(0)
         mean = product.mul_(gain).mean(-1, keepdim=True)  # (..., 1)
