@@ -40,13 +40,14 @@ does as well; noise, too, is given full length in every direction; and its rate 
 03's 0.5M model on the built-in stories, nats above the floor after 250 steps of 8 rows of 200
 tokens, one seed ("match_rms_adamw"; AdamW at 6e-3 for the rest):
 
-    Muon at  2.5e-3 0.368   5e-3 0.350   1e-2 0.370   2e-2 0.393   4e-2 0.419
-    AdamW at   3e-3 0.442   6e-3 0.395   1e-2 0.403
+    Muon at  2.5e-3 0.382   5e-3 0.353   1e-2 0.371   2e-2 0.418   4e-2 0.426
+    AdamW at   3e-3 0.463   6e-3 0.405   1e-2 0.418
 
-So at 2e-2 no gain is left; at 5e-3 it is beyond the noise, after 600 steps 0.158 beside AdamW's
-0.230, and on real text as well (results/ladder.py). Packed projections (q|k|v, gate|up) split
-before orthogonalising gave 0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed): no
-gain, so they are taken whole.
+(python results/ladder.py --tune --steps 250.) So at 2e-2 no gain is left; at 5e-3 it is beyond the
+noise, after 1100 steps 0.074 beside AdamW's 0.157, means of three seeds, and on real text as well
+(python results/ladder.py). Packed projections (q|k|v, gate|up) split before orthogonalising gave
+0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed, an earlier state of 03): no gain, so
+they are taken whole.
 
 Letters used below: M rows and N columns of a matrix; G, B, U, Q as above.
 
