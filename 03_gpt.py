@@ -282,32 +282,66 @@ def rope_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tenso
     return angle.cos().float(), angle.sin().float()
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, D) turned by angles whose cos and sin are (T, 1, D/2)."""
-    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back; nothing of x is kept for it."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return turned(dy, cos, -sin), None, None
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x_i, x_{i+D/2}) of every head turned by its position's angle.
 
-    Args: x (B, T, H, D); cos, sin (T, D/2), the table's rows for these T positions.
+    Args: x (..., T, H, D); cos, sin (T, D/2), the table's rows for these T positions.
     """
-    return Rotation.apply(x, cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))
+    first, second = x.chunk(2, dim=-1)  # (..., T, H, D/2) each
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # (T, 1, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class PositionedHeads(torch.autograd.Function):
+    """q, k, v of their packed projection; q, k = R_t n(q), R_t n(k), or without gains R_t q, R_t k.
+
+    The gradient of a rotation is the rotation back. With x_hat = x * rstd, for queries and keys,
+        slope = dy turned back,   dL/dgain = sum over the positions of slope * x_hat,
+        dL/dx_hat = slope * gain, and on by `norm_gradient`
+    On a CPU a row of the batch at a time, so that what lies between stays in the cache.
+    """
+
+    @staticmethod
+    def rows(qkv):
+        B = len(qkv)
+        size = 1 if qkv.device.type == "cpu" else B
+        return [slice(first, first + size) for first in range(0, B, size)]
+
+    @staticmethod
+    def forward(ctx, qkv, gain, cos, sin, H, G, eps):
+        qk, v = qkv.split((H + G, G), dim=2)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        y = qk.new_empty(qk.shape)
+        rstd = qk.new_empty((*qk.shape[:3], 1), dtype=wide)
+        for row in PositionedHeads.rows(qkv):
+            x = qk[row].to(wide)
+            if gain is not None:
+                rstd[row] = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+                x = (x * rstd[row]).mul_(gain)
+            y[row] = rope(x, cos, sin)
+        ctx.save_for_backward(cos, sin, *(() if gain is None else (qkv, gain, rstd)))
+        return *y.split((H, G), dim=2), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        cos, sin, *normed = ctx.saved_tensors
+        wide = torch.promote_types(dq.dtype, torch.float32)
+        heads = dq.shape[2] + dk.shape[2]  # H + G
+        dx = dq.new_empty((*dq.shape[:2], heads + dv.shape[2], dq.shape[3]))
+        d_gain = torch.zeros_like(normed[1]) if normed else None
+        for row in PositionedHeads.rows(dq):
+            slope = rope(torch.cat((dq[row], dk[row]), dim=2).to(wide), cos, -sin)
+            if normed:
+                qkv, gain, rstd = normed
+                x_hat = qkv[row, :, :heads] * rstd[row]  # (rows, T, H + G, D)
+                product = slope * x_hat
+                d_gain += product.sum((0, 1))
+                mean = product.mul_(gain).mean(-1, keepdim=True)
+                slope = norm_gradient(slope.mul_(gain), x_hat, mean, rstd[row])
+            dx[row, :, :heads] = slope
+        dx[:, :, heads:] = dv
+        return dx, d_gain, None, None, None, None, None
 
 
 def by_key_head(x: Tensor, G: int) -> Tensor:
@@ -453,12 +487,10 @@ class Attention(nn.Module):
                 gains = {"q_gain": self.q_norm.weight, "k_gain": self.k_norm.weight}
             options = {"eps": self.config.norm_eps, "implementation": "triton"}
             return fused_rope(qkv, cos.float(), sin.float(), H, G, **gains, **options)
-        qk, v = qkv.split((H + G, G), dim=2)
-        if self.config.qk_norm:  # one norm and one rotation for queries and keys together
-            gains = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
-            qk = rms_norm(qk, torch.cat(gains), self.config.norm_eps, "torch")  # (B, T, H + G, D)
-        q, k = rope(qk, cos, sin).split((H, G), dim=2)
-        return q, k, v
+        gain = None
+        if self.config.qk_norm:
+            gain = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))
+        return PositionedHeads.apply(qkv, gain, cos, sin, H, G, self.config.norm_eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -650,14 +682,14 @@ class Decoder:
             raise ValueError(f"{end} positions; wanted at most capacity={self.cache.shape[4]}")
         x = F.embedding(ids, self.model.embedding.weight)  # (B, T, C)
         tables = self.model.cos[start:end], self.model.sin[start:end]  # (T, D/2)
-        cos, sin = (table.to(x.dtype).unsqueeze(1) for table in tables)
+        cos, sin = (table.to(x.dtype) for table in tables)
         for layer, (keys, values) in zip(self.layers, self.cache):  # (B, G, capacity, D) each
             attention_gain, qk_gain, mlp_gain, w_qkv, w_out, w_gate_up, w_down = layer
             qkv = packed_product(rms_norm(x, attention_gain, eps, "torch"), w_qkv)
             qk, v = qkv.unflatten(-1, (H + 2 * G, D)).split((H + G, G), dim=2)
             if qk_gain is not None:
                 qk = rms_norm(qk, qk_gain, eps, "torch")  # (B, T, H + G, D)
-            q, k = turned(qk, cos, sin).split((H, G), dim=2)
+            q, k = rope(qk, cos, sin).split((H, G), dim=2)
             q = q.to(keys.dtype)
             keys[:, :, start:end] = k.transpose(1, 2)
             values[:, :, start:end] = v.transpose(1, 2)

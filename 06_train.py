@@ -69,6 +69,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import difflib
 import hashlib
@@ -316,6 +317,19 @@ def peak_memory_gb(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed: the next step asks for the same again, a fresh page a fault.
+
+    Up to 32 MiB (the most it takes) come from its heap, and nothing goes back to the system. With
+    bfloat16 on 2 cores of an AMD EPYC (Zen 5) a step of the 27M model then takes a tenth less. Does
+    nothing without glibc. Source: mallopt(3), malloc.h.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger ones are mapped, and unmapped when freed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what may lie free at the heap's end
 
 
 def make_deterministic() -> None:
@@ -1022,6 +1036,8 @@ def train(config: Config, report: Report | None = None) -> dict[str, float]:
     Raises: RunError for what the user can put right; Stopped after SIGINT or SIGTERM.
     """
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.deterministic:
         make_deterministic()
     with Team(device) as team:
@@ -1248,6 +1264,7 @@ def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[flo
         objective.compile()
     rows = config.batch_size // config.accumulate
     if device.type == "cpu":
+        keep_freed_memory()
         rows = min(rows, max(1, TRIAL_TOKENS // config.seq_len))
     ids = torch.randint(config.vocab_size, (rows, config.seq_len + 1), device=device)
 

@@ -7,9 +7,9 @@
         --losses 1_000_000 --train train.txt --val val.txt
 
 The step. The 27M shape, the same random token ids, dropout 0, AdamW on all sides: forward, loss,
-backward, clipping to norm 1, update; compiled on a GPU, as all three do there. In one process the
-three take turns and the ratio of the medians is reported; peak memory comes from a process of
-each alone.
+backward, clipping to norm 1, update; compiled on a GPU, as all three do there. Each is held by a
+process of its own, set up as its script does it (on a CPU 06_train.py has glibc keep what is freed,
+which the others leave as it is); they take turns, and the ratio of the medians is reported.
 
 The losses (--losses). A small equal shape is trained on about so many targets of the same token
 file, each side with its own defaults: optimiser, learning rate, shape of the schedule, dropout,
@@ -232,13 +232,32 @@ def random_batch(shape: Shape, rows: int, setting: Setting) -> tuple[Tensor, Ten
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def peak_memory(name: str, shape: Shape, rows: int, setting: Setting) -> int | None:
-    """Bytes at the peak of two steps: of the GPU, or of this process, which does nothing else."""
+# In a worker process, which holds one side and nothing else
+
+held: tuple[Side, tuple[Tensor, Tensor]] | None = None
+
+
+def hold(name: str, shape: Shape, rows: int, setting: Setting) -> int:
+    """Builds a side and its batch, to be stepped here; returns its number of parameters."""
+    global held
+    if name == "ours" and setting.device == "cpu":
+        train.keep_freed_memory()  # as 06_train.py does
     side = build(name, shape, setting, own_defaults=False)
-    batch = random_batch(shape, rows, setting)
-    for _ in range(2):  # the optimiser's state is there only from the first one's end on
-        side.step(*batch)
-    if setting.device == "cuda":
+    held = side, random_batch(shape, rows, setting)
+    return sum(p.numel() for p in side.model.parameters())
+
+
+def timed_step(device: str) -> float:
+    side, batch = held
+    start = time.perf_counter()
+    side.step(*batch)
+    wait(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes, of the GPU or of this process."""
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:  # not ru_maxrss: that begins with what the parent process had at its peak
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -246,39 +265,32 @@ def peak_memory(name: str, shape: Shape, rows: int, setting: Setting) -> int | N
         return None
 
 
-def memory_alone(name: str, shape: Shape, rows: int, setting: Setting) -> int | None:
-    """The same, of a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-        return alone.submit(peak_memory, name, shape, rows, setting).result()
-
-
 def compare_steps(shape: Shape, rows: int, steps: int, setting: Setting) -> dict:
-    """Tokens per second of each side, steps taken in turns, and the peak memory of each alone."""
-    memory = {name: memory_alone(name, shape, rows, setting) for name in ("ours", *PEERS)}
-    sides = {name: build(name, shape, setting, own_defaults=False) for name in ("ours", *PEERS)}
-    batch = random_batch(shape, rows, setting)
-    seconds = {name: [] for name in sides}
-    untimed = UNTIMED[setting.device]
-    for turn in range(untimed + steps):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side.step(*batch)
-            wait(setting.device)
-            if turn >= untimed:
-                seconds[name].append(time.perf_counter() - start)
-    result = {}
-    for name, side in sides.items():
-        result[name] = {
-            "parameters": sum(p.numel() for p in side.model.parameters()),
-            "tokens_per_second": rows * shape.seq_len / statistics.median(seconds[name]),
-            "seconds": seconds[name],
-            "peak_memory_bytes": memory[name],
-        }
+    """Tokens per second of each side, steps taken in turns, and its peak memory."""
+    spawn, device = multiprocessing.get_context("spawn"), setting.device
+    names, untimed, result = ("ours", *PEERS), UNTIMED[setting.device], {}
+    with contextlib.ExitStack() as running:
+        pools = {name: running.enter_context(ProcessPoolExecutor(1, spawn)) for name in names}
+
+        def ask(name, function, *args):
+            return pools[name].submit(function, *args).result()
+
+        parameters = {name: ask(name, hold, name, shape, rows, setting) for name in names}
+        turns = [{name: ask(name, timed_step, device) for name in names}
+                 for _ in range(untimed + steps)]  # fmt: skip
+        for name in names:
+            seconds = [turn[name] for turn in turns[untimed:]]
+            result[name] = {
+                "parameters": parameters[name],
+                "tokens_per_second": rows * shape.seq_len / statistics.median(seconds),
+                "seconds": seconds,
+                "peak_memory_bytes": ask(name, peak_memory, device),
+            }
     for name in PEERS:
         mine, theirs = result["ours"], result[name]
         ratio = {"speed": mine["tokens_per_second"] / theirs["tokens_per_second"]}
-        if memory[name]:
-            ratio["memory"] = memory["ours"] / memory[name]
+        if theirs["peak_memory_bytes"]:
+            ratio["memory"] = mine["peak_memory_bytes"] / theirs["peak_memory_bytes"]
         result[f"ours_over_{name}"] = ratio
     return result
 

@@ -249,7 +249,7 @@ def plain_block(x, block, config, cos, sin):
     if config.qk_norm:
         q = F.rms_norm(q, (D,), block.attention.q_norm.weight, config.norm_eps)
         k = F.rms_norm(k, (D,), block.attention.k_norm.weight, config.norm_eps)
-    q, k = (gpt.turned(a, cos.unsqueeze(1), sin.unsqueeze(1)) for a in (q, k))
+    q, k = (gpt.rope(a, cos, sin) for a in (q, k))
     y = gpt.attention(q, k, v, "reference")
     x = x + y.flatten(2) @ block.attention.out.weight.T
     n = F.rms_norm(x, (C,), block.mlp_norm.weight, config.norm_eps)

@@ -385,8 +385,6 @@ def test_compare_gives_all_figures(peers, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "LOSS_SHAPE", TINY)
     monkeypatch.setattr(compare, "VAL_TOKENS", 1000)
     monkeypatch.setattr(compare, "POINT_TOKENS", 500)
-    memory = {"ours": 300, "smolgpt": 400, "nanogpt": 600}
-    monkeypatch.setattr(compare, "memory_alone", lambda name, *args: memory[name])
     out = tmp_path / "out.json"
     flags = ["--steps", "3", "--rows", "2", "4", "--losses", "4000", "--json", str(out)]
     flags += ["--train", texts[0], "--val", texts[1], "--dtype", "float32"]
@@ -400,8 +398,9 @@ def test_compare_gives_all_figures(peers, texts, tmp_path, monkeypatch, capsys):
             median = sorted(found[name]["seconds"])[1]
             assert len(found[name]["seconds"]) == 3
             assert math.isclose(found[name]["tokens_per_second"], rows * 32 / median)
-        ours, theirs = (found[name]["tokens_per_second"] for name in ("ours", "nanogpt"))
-        assert found["ours_over_nanogpt"] == {"speed": ours / theirs, "memory": 0.5}
+        ours, theirs = found["ours"], found["nanogpt"]
+        keys = {"speed": "tokens_per_second", "memory": "peak_memory_bytes"}
+        assert found["ours_over_nanogpt"] == {k: ours[v] / theirs[v] for k, v in keys.items()}
     after = result["losses"]
     for name in ("ours", "smolgpt", "nanogpt"):
         assert abs(after[name]["tokens"] - 4000) < 400
@@ -483,8 +482,9 @@ def test_compare_shapes_have_as_many_weights(shape):
 
 def test_compare_memory_is_that_of_a_process_alone(setting):
     ballast = torch.ones(2**28)  # 1 GiB in this process, none of it in the other
-    found = compare.memory_alone("nanogpt", TINY, 2, setting)
-    assert 10**8 < found < ballast.nbytes
+    found = compare.compare_steps(TINY, 2, 1, setting)
+    for name in ("ours", "smolgpt", "nanogpt"):
+        assert 10**8 < found[name]["peak_memory_bytes"] < ballast.nbytes
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,6 @@ def test_compare_memory_is_that_of_a_process_alone(setting):
 )
 def test_compare_says_in_one_line_what_is_wrong(peers, monkeypatch, capsys, flags, error):
     text = peers["nanogpt"] + "/model.py"  # no stories in it
-    monkeypatch.setattr(compare, "memory_alone", lambda *args: None)
     monkeypatch.setattr(compare, "STEP_SHAPE", TINY)
     names = {"SMOL": peers["smolgpt"], "NANO": peers["nanogpt"], "TEXT": text}
     flags = [names.get(flag, flag) for flag in flags]
