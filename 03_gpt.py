@@ -271,7 +271,8 @@ def normed_linear(
     No second derivative.
     """
     if use_triton(implementation, x):
-        return F.linear(rms_norm(x, gain, eps, implementation), weight)
+        n = fused_rmsnorm(x, gain, eps, dtype=product_dtype(x), implementation="triton")
+        return F.linear(n, weight)
     return NormedLinear.apply(x, gain, weight, eps)
 
 
@@ -420,8 +421,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
         q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
         implementation: "reference" writes the maths out; "torch" is torch's fused kernel, and
             `BlockAttention` for training on a CPU, which never hold the (T, S) scores; "triton" is
-            ours, where T = S (else "torch"); "auto" is "triton" on a GPU, for a head dimension
-            that it takes, and "torch" elsewhere.
+            ours, where T = S and for a D that it takes (else "torch"); "auto" is "triton" on a
+            GPU and "torch" elsewhere.
     Returns: (B, T, H, D). No second derivative but by "reference".
     """
     if implementation not in (*IMPLEMENTATIONS, "reference"):
@@ -429,7 +430,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
         raise ValueError(f"implementation={implementation!r} must be {wanted}")
     T, H, D = q.shape[1:]
     S, G = k.shape[1:3]
-    if T == S and use_triton(implementation, q) and (implementation == "triton" or D in HEAD_DIMS):
+    if T == S and use_triton(implementation, q) and D in HEAD_DIMS:
         return fused_attention(q, k, v, implementation="triton")
     training = T == S and torch.is_grad_enabled() and implementation != "reference"
     if training and q.device.type == "cpu":
@@ -623,12 +624,13 @@ def packed(weight: Tensor, rows: int) -> Tensor:
     A product of few rows lasts as long as its weight takes to be read, and torch's own product on
     a CPU reads at a fraction of what memory gives. (results/generation.py times `Decoder`.)
     """
-    able = weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and able:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    return weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
+    if weight.dtype == torch.bfloat16:
+        able = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        able = weight.dtype == torch.float32
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows) if able else weight
 
 
 def packed_product(x: Tensor, weight: Tensor) -> Tensor:

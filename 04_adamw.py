@@ -255,8 +255,11 @@ class AdamW(torch.optim.Optimizer):
         if self.implementation != "auto":
             return self.implementation == "triton"
         there = device.type == "cuda" and kernel is not None and kernel.triton is not None
+        plain = Tensor, nn.Parameter  # a DTensor is a part of one: the kernel cannot reach into it
         return there and all(
-            x.dtype == torch.float32 and x.is_contiguous() for row in rows for x in row
+            type(x) in plain and x.dtype == torch.float32 and x.is_contiguous()
+            for row in rows
+            for x in row
         )
 
     def _state(self, p: Tensor) -> dict:

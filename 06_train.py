@@ -128,6 +128,8 @@ CARDS = {
     "RTX 4090": (165, 24, 0.69),
     "RTX 5090": (209.5, 32, None),
     "A100": (312, 80, 1.59),
+    "H100 PCIe": (756, 80, None),
+    "H100 NVL": (835, 94, None),
     "H100": (989, 80, 3.49),
     "H200": (989, 141, 4.59),
 }
@@ -272,6 +274,8 @@ def pick_device(wanted: str) -> torch.device:
         wanted = "cpu"
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda"):  # others have no float64, which norms are added in
+            raise RunError(f"--device {wanted}: wanted cpu, cuda, cuda:N or auto")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -303,9 +307,13 @@ def device_name(device: torch.device) -> str:
 
 
 def card(device: torch.device) -> tuple[float | None, int | None, float | None]:
-    """The device's row of CARDS; three times None for a CPU and for a GPU that is not there."""
+    """The device's row of CARDS; three times None for a CPU and for what is not there.
+
+    A part of a GPU (MIG) is not.
+    """
     name = device_name(device) if device.type == "cuda" else ""
-    found = [row for part, row in CARDS.items() if re.search(rf"\b{part}\b", name)]
+    whole_card = not re.search(r"\bMIG\b", name)
+    found = [row for part, row in CARDS.items() if whole_card and re.search(rf"\b{part}\b", name)]
     return found[0] if found else (None, None, None)
 
 
@@ -367,6 +375,7 @@ class Team:
     def __exit__(self, *error) -> None:
         if self.size > 1:
             distributed.destroy_process_group()
+            time.sleep(0.1)  # gloo's threads free their last tensors: after Python's end they abort
 
     def one_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns in each process, the others' call coming after the first's."""
@@ -401,7 +410,7 @@ class Team:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, whose backward pass then leaves the mean of all processes' gradients."""
         alone = self.size == 1 or isinstance(module, FSDPModule)  # which sees to it by itself
-        return module if alone else DistributedDataParallel(module)
+        return module if alone else DistributedDataParallel(module, broadcast_buffers=False)
 
     def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
         """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
@@ -698,11 +707,13 @@ def evaluate(
     rows = min(len(val), int(np.searchsorted(val.lengths.cumsum(), limit)) + 1)
     sums = torch.zeros(3, dtype=torch.float64, device=token_bytes.device)
     size = val.batch_size
-    for start in range(0, rows, team.size * size):  # all as often, if some on no row at last
+    for start in range(0, rows, team.size * size):  # all as often, and batches of one size
         first = start + team.rank * size
-        x, y, count = val.take(np.arange(first, min(first + size, rows)))
-        text_bytes = (token_bytes[y.clamp(min=0)] * (y != batches.IGNORE)).sum()
-        sums += torch.stack((loss_sum(x, y).double(), text_bytes, text_bytes.new_tensor(count)))
+        x, y, _ = val.take(np.arange(first, first + size).clip(max=rows - 1))
+        y[max(0, rows - first) :] = batches.IGNORE  # what is there for the size alone
+        counted = y != batches.IGNORE
+        text_bytes = (token_bytes[y.clamp(min=0)] * counted).sum()
+        sums += torch.stack((loss_sum(x, y).double(), text_bytes, counted.sum()))
     nats, text_bytes, tokens = team.sum(sums).tolist()
     return nats / tokens, losses.bits_per_byte(nats / tokens, int(tokens), int(text_bytes))
 
@@ -828,12 +839,14 @@ def make_optimizers(config: Config, model: gpt.GPT) -> list[torch.optim.Optimize
         settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         settings["dtype"], _ = pick_dtype(config.dtype, hidden[0][1].device)
         optimizers.append(muon.Muon(hidden, config.muon_learning_rate, **settings))
+    plain = config.shard or config.implementation == "torch"  # the kernel takes no parts
+    implementation = "foreach" if plain else config.implementation
     optimizers.append(
         adamw.AdamW(
             adamw.param_groups(named, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
-            implementation={"torch": "foreach"}.get(config.implementation, config.implementation),
+            implementation=implementation,
         )
     )
     return optimizers
@@ -1072,10 +1085,11 @@ def train_together(
     else:
         rows = batches.block_rows(len(data.train), config.seq_len)
     val_rows = batches.story_rows(data.val, end, config.seq_len)
-    size = (config.batch_size, config.seq_len, config.seed, device)
     trim = device.type == "cpu" and not config.compile  # else batches have to be of one shape
-    source = batches.Batches(data.train, rows, *size, trim)
-    val = batches.Batches(data.val, val_rows, *size, trim)
+    options = (config.seq_len, config.seed, device, trim)
+    source = batches.Batches(data.train, rows, config.batch_size, *options)
+    part = config.batch_size // config.accumulate // team.size  # rows that fit at once
+    val = batches.Batches(data.val, val_rows, part, *options)
     token_bytes = torch.tensor(data.vocabulary.token_bytes, device=device)  # (V,)
 
     # 2. model and optimiser
@@ -1270,7 +1284,7 @@ def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
     def now() -> float:
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     times = []

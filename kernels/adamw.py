@@ -363,18 +363,6 @@ def grad_norm(grads: Sequence[Tensor], *, implementation: str = "auto") -> Tenso
     return grad_norm_reference(grads)
 
 
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles; the addresses in the table need no attribute."""
-    step = {"name": "adamw step", "kernel": _adamw, "launch": TILE}
-    norm = {"name": "adamw grad_norm", "kernel": _square_sum, "launch": TILE}
-    scalars = {"name": "adamw scalars", "kernel": _scalars, "launch": {"num_warps": 1}}
-    return [
-        step | {"types": "*i64 *fp32 fp32 fp32 fp32 fp32"},
-        norm | {"types": "*i64 *fp32"},
-        scalars | {"types": "*fp64 *fp64 *fp32 *fp32 fp32 fp32 fp32 fp32", "expect": set()},
-    ]
-
-
 def benchmark() -> None:
     """Errors against torch in float64; on a GPU also ms and GB/s, from a cold cache."""
     torch.manual_seed(0)

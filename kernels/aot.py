@@ -13,18 +13,7 @@ can tell is most of what makes a kernel slow:
     registers        255 is the most a thread can have; 65,536 on a multiprocessor of sm_80 and
                      sm_90: 128 a thread let 512 threads run there, 64 let 1024
 
-Each kernel file says in `aot_cases()` what to compile, as dictionaries:
-
-    name        a line of the table
-    kernel      the function under @jit
-    types       of the arguments that are not in launch, in order: "*bf16 *fp32 i32 fp32 ..."
-    launch      what a launch gives by name: constexprs, None for a pointer that is left out,
-                num_warps, num_stages
-    any         optional: integers that need not be multiples of 16; the others, and all pointers,
-                are compiled as such (a launch finds out by itself)
-    expect      optional: {"wgmma"}: tensor cores, on sm_90 by wgmma alone; {"vector16"}: 16-byte
-                accesses on NVIDIA's chips, which is expected if nothing is said
-    targets     optional: the chips that this configuration is for, of those below; else all
+What is compiled stands in aot_cases.py.
 
 Sources: limits of shared memory: CUDA C++ Programming Guide, table of compute capabilities (163 and
 227 KiB for one block); AMD CDNA3 ISA, section 3.1 (64 KiB of LDS).
@@ -53,7 +42,6 @@ try:
 except ImportError:
     sys.exit("kernels/aot.py needs Triton: pip install triton")
 
-HERE = Path(__file__).parent
 # name -> (back end, architecture, threads in a warp, bytes of shared memory for one program)
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 163 * 1024),
@@ -126,25 +114,22 @@ def amd_figures(assembly: dict) -> dict:
 
 def compile_target(target: str) -> None:
     """Prints, as a line of json each, the name of every case and then what came of it."""
-    for path in sorted(HERE.glob("*.py")):
-        module = path.stem
-        if module in ("__init__", "aot", "bench", "linear_cross_entropy"):  # have no kernel
+    for case in importlib.import_module("aot_cases").aot_cases():
+        if target not in case.get("targets", TARGETS):
             continue
-        for case in importlib.import_module(module).aot_cases():
-            if target not in case.get("targets", TARGETS):
-                continue
-            print(json.dumps(case["name"]), flush=True)
-            function = f"{module}.{case['kernel'].__name__}"
-            row = {"kernel": case["name"], "function": function, "target": target}
-            row["expect"] = sorted(case.get("expect", {"vector16"}))
-            try:
-                compiled = compile_case(case, target)
-            except Exception as error:  # one kernel's failure is a line of the table
-                row["error"] = str(error).strip().splitlines()[-1]
-            else:
-                figures = nvidia_figures if TARGETS[target][0] == "cuda" else amd_figures
-                row |= figures(compiled.asm) | {"shared": compiled.metadata.shared}
-            print(json.dumps(row), flush=True)
+        print(json.dumps(case["name"]), flush=True)
+        kernel = case["kernel"]
+        function = f"{kernel.__module__}.{kernel.__name__}"
+        row = {"kernel": case["name"], "function": function, "target": target}
+        row["expect"] = sorted(case.get("expect", {"vector16"}))
+        try:
+            compiled = compile_case(case, target)
+        except Exception as error:  # one kernel's failure is a line of the table
+            row["error"] = str(error).strip().splitlines()[-1]
+        else:
+            figures = nvidia_figures if TARGETS[target][0] == "cuda" else amd_figures
+            row |= figures(compiled.asm) | {"shared": compiled.metadata.shared}
+        print(json.dumps(row), flush=True)
 
 
 def start(target: str) -> subprocess.Popen:

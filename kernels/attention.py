@@ -60,7 +60,6 @@ seed 0,
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 
@@ -558,35 +557,6 @@ def attention(
     scale = 1 / math.sqrt(D) if scale is None else scale
     o, lse = torch.ops.kernels.attention(q, k, v, start, end, causal, scale)
     return (o, lse) if return_lse else o
-
-
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles: causal, D 128 and 64; bfloat16 of each chip, float32."""
-    tensors = {"forward": "xxxiixf", "dq": "xxxiixfxfxf", "dkv": "xxxiifxfxx"}
-    half, single = (torch.bfloat16, "*bf16"), (torch.float32, "*fp32")
-    cases = []
-    for targets, hopper, (dtype, x), limits, expect in (
-        (("sm_90",), True, half, (False, True), {"wgmma", "vector16"}),
-        (("sm_80", "gfx942"), False, half, (False, True), {"wgmma", "vector16"}),
-        (("sm_80", "sm_90", "gfx942"), False, single, (True,), {"vector16"}),
-    ):
-        for (name, letters), D, limit in itertools.product(tensors.items(), (128, 64), limits):
-            kinds = {"x": x, "i": "*i32" if limit else "", "f": "*fp32"}
-            types = [kinds[letter] for letter in letters]
-            launch = _constants(name, dtype, D, hopper) | {"CAUSAL": True, "LIMITS": limit}
-            options = (", limits" if limit else "") + (", fp32" if dtype == torch.float32 else "")
-            cases.append(
-                {
-                    "name": f"attention{KERNELS[name].__name__}, D {D}{options}",
-                    "kernel": KERNELS[name],
-                    "types": " ".join([*types, *9 * ["i32"], "fp32 i32 i32 i32"]),
-                    "launch": launch | ({} if limit else {"start": None, "end": None}),
-                    "any": ("H", "G"),
-                    "expect": expect,
-                    "targets": targets,
-                }
-            )
-    return cases
 
 
 def largest_errors(device: str, T: int, **options) -> list[float]:

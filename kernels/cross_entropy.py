@@ -397,25 +397,6 @@ def cross_entropy(
     return losses.reshape(targets.shape) if reduction == "none" else losses.sum()
 
 
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles: a row in registers of each size, a long one, all options."""
-    cases = []
-    for V, options in ((4096, 0), (4096, 1), (8192, 1), (16384, 1), (50304, 0), (128256, 1)):
-        e, z, softcap = (0.1, 1e-4, 30.0) if options else (0.0, 0.0, 0.0)
-        launch = {"SMOOTHING": e, "SHARE": e / V, "Z_LOSS": z, "SOFTCAP": softcap}
-        cases.append(
-            {
-                "name": f"cross_entropy V {V}" + options * ", all options",
-                "kernel": _cross_entropy,
-                "types": "*bf16 *i64 *fp32 *fp32 *bf16 i32 i32 i32 i32",
-                "launch": launch | {"WITH_GRADIENT": True} | row_tiles(V),
-                "any": ("ignore_index",),
-            }
-        )
-    scale_rows = {"name": "cross_entropy scale_rows", "kernel": _scale_rows, "launch": SCALE_TILE}
-    return [*cases, scale_rows | {"types": "*bf16 *fp32 i32 i32", "any": ("factors_stride",)}]
-
-
 def benchmark() -> None:
     """Forward and backward in ms, and the GB/s of one read and one write of the logits."""
     print(f"{torch.cuda.get_device_name()}; cold cache")
@@ -428,7 +409,7 @@ def benchmark() -> None:
         targets = torch.randint(V, (N,), device="cuda")
         for name, function in (
             ("torch", F.cross_entropy),
-            ("compiled", torch.compile(F.cross_entropy)),
+            ("compiled", torch.compile(F.cross_entropy, dynamic=False)),
             ("triton", cross_entropy),
         ):
             ms = triton.testing.do_bench(partial(step, function, logits, targets))

@@ -59,13 +59,17 @@ PROGRAMS = 528
 
 
 def rmsnorm_reference(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The equations as they stand, in float32 (float64 for float64)."""
     s = x if residual is None else x + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
-    y = (wide * rstd * weight).to(s.dtype)
+    y = (wide * rstd * weight).to(dtype or s.dtype)
     return y if residual is None else (y, s)
 
 
@@ -154,20 +158,19 @@ def _tile(C: int) -> dict:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": warps}
 
 
-def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """y and s (N, C), rstd (N,). Without residual s is empty: an op may not return its input."""
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    s_shape = (0,) if residual is None else x.shape
-    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(s_shape, dtype=dtype), rstd
+    s_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    s = x.new_empty((0,) if residual is None else x.shape, dtype=s_dtype)
+    return x.new_empty(x.shape, dtype=dtype), s, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("kernels::rmsnorm", mutates_args=())
 def _rmsnorm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, C = x.shape
-    y, s, rstd = _outputs(x, residual)
+    y, s, rstd = _outputs(x, residual, dtype)
     tile = _tile(C)
     written, r_stride = (None, 0) if residual is None else (s, residual.stride(0))
     if N:
@@ -196,14 +199,14 @@ def _rmsnorm_backward(
     return dx, dg.sum(0).to(weight.dtype)
 
 
-_rmsnorm.register_fake(lambda x, weight, eps, residual: _outputs(x, residual))
+_rmsnorm.register_fake(lambda x, weight, eps, residual, dtype: _outputs(x, residual, dtype))
 _rmsnorm_backward.register_fake(
     lambda dy, ds, s, weight, rstd: (s.new_empty(s.shape), weight.new_empty(weight.shape))
 )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, residual = inputs
+    x, weight, _, residual, _ = inputs
     _, s, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
@@ -213,7 +216,7 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, dy, ds, _):
     x_dtype, r_dtype = ctx.dtypes
     dx, dg = _rmsnorm_backward(dy, None if r_dtype is None else ds, *ctx.saved_tensors)
-    return dx.to(x_dtype), dg, None, None if r_dtype is None else dx.to(r_dtype)
+    return dx.to(x_dtype), dg, None, None if r_dtype is None else dx.to(r_dtype), None
 
 
 _rmsnorm.register_autograd(_differentiate, setup_context=_setup_context)
@@ -256,13 +259,15 @@ def rmsnorm(
     eps: float,
     residual: Tensor | None = None,
     *,
+    dtype: torch.dtype | None = None,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = x / sqrt(mean(x^2) + eps) * weight; with a residual (y of x + residual, x + residual).
 
     Args:
-        x (..., C); residual of x's shape; weight (C,), the gain. They may differ in type: y has
-            that of x + residual.
+        x (..., C); residual of x's shape; weight (C,), the gain. They may differ in type.
+        dtype: of y; None: that of x + residual. With the type of the product that y goes into
+            (autocast's), the stream stays float32 and y is not written in it first.
         implementation: "auto" takes the kernels for float32, bfloat16 and float16 on a GPU where
             Triton is installed, else the reference. The kernels want C <= 8192 and a last axis of
             stride 1, and copy x only if its other axes cannot be seen as one.
@@ -272,28 +277,16 @@ def rmsnorm(
     _check(x, weight, residual)
     able = triton is not None and x.is_cuda and x.dtype in DTYPES
     if implementation == "reference" or (implementation == "auto" and not able):
-        return rmsnorm_reference(x, weight, eps, residual)
+        return rmsnorm_reference(x, weight, eps, residual, dtype)
     _check_triton(x, weight, residual)
     C = x.shape[-1]
     rows = None if residual is None else residual.reshape(-1, C)
-    y, s, _ = torch.ops.kernels.rmsnorm(x.reshape(-1, C), weight, eps, rows)
+    if dtype is None:
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {DTYPES}")
+    y, s, _ = torch.ops.kernels.rmsnorm(x.reshape(-1, C), weight, eps, rows, dtype)
     return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
-
-
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles: both kernels with residual, at two widths."""
-    forward = "*bf16 *bf16 *fp32 *bf16 *bf16 *fp32 i32 i32 i32 i32 fp32"
-    backward = "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 i32 i32 i32"
-    return [
-        {
-            "name": f"rmsnorm{kernel.__name__}, C {C}",
-            "kernel": kernel,
-            "types": types,
-            "launch": _tile(C),
-        }
-        for kernel, types in ((_forward, forward), (_backward, backward))
-        for C in (512, 8192)
-    ]
 
 
 def benchmark() -> None:

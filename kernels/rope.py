@@ -416,27 +416,6 @@ def rope_qkv(
     return q, k, v
 
 
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles: the model's heads, with QK-norm and without."""
-    sizes = "i32 i32 i32 i32 i32 fp32"
-    cases = []
-    for norm in (False, True):
-        gains = "*fp32 *fp32 " if norm else ""
-        forward = f"*bf16 *fp32 *fp32 {gains}*bf16 *bf16 *bf16 {sizes}"
-        x = "*bf16 " if norm else ""  # which backward reads for the norm alone
-        backward = f"*bf16 *bf16 *bf16 {x}*fp32 *fp32 {gains}*bf16 *fp32 {sizes}"
-        absent = {} if norm else {"q_gain_ptr": None, "k_gain_ptr": None}
-        launch = _tile(1, 4, 2, 128)[1] | {"H": 4, "G": 2} | absent
-        for kernel, types, more in (
-            (_forward, forward, {}),
-            (_backward, backward, {} if norm else {"x_ptr": None}),
-        ):
-            name = f"rope{kernel.__name__}" + (" + QK-norm" if norm else "")
-            case = {"name": name, "kernel": kernel, "types": types, "launch": launch | more}
-            cases.append(case)
-    return cases
-
-
 def benchmark(H: int = 4, G: int = 2, D: int = 128) -> None:
     """Errors against float64; on a GPU also ms and GB/s of both passes, from a cold cache."""
     torch.manual_seed(0)

@@ -163,17 +163,6 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     return y.view(*gate_up.shape[:-1], width // 2)
 
 
-def aot_cases() -> list[dict]:
-    """What kernels/aot.py compiles; M and the stride are multiples of 16, as a model's are."""
-    return [
-        {"name": f"swiglu{kernel.__name__}", "kernel": kernel, "types": types, "launch": TILE}
-        for kernel, types in (
-            (_forward, "*bf16 *bf16 i32 i32"),
-            (_backward, "*bf16 *bf16 *bf16 i32 i32"),
-        )
-    ]
-
-
 def benchmark() -> None:
     """Errors against float64; on a GPU also ms and GB/s of both passes, from a cold cache."""
     torch.manual_seed(0)

@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 train = importlib.import_module("06_train")
 gpt = train.gpt
-gpt.PRESETS["tiny"] = gpt.GPTConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_mlp=64)
+gpt.PRESETS["tiny"] = gpt.GPTConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=64, d_mlp=64)
 
 # one or two seconds of training that take every path: several epochs, evaluations, checkpoints
-SMALL = """--model tiny --vocab-size 300 --seq-len 64 --story-count 40 --batch-size 4 --max-steps 40
---warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500 --checkpoint-every 1
---samples 4 --device cpu --dtype float32""".split()
+SMALL = """--preset stories --model tiny --vocab-size 300 --seq-len 64 --story-count 40
+--batch-size 4 --max-steps 40 --warmup-steps 4 --log-every 1 --eval-every 8 --eval-tokens 500
+--checkpoint-every 1 --samples 4 --device cpu --dtype float32""".split()
 STEPS = 40
 
 

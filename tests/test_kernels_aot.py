@@ -133,8 +133,8 @@ def aot_cases():
 
 
 def test_bad_kernels_end_with_status_1_and_a_line_each(tmp_path):
-    """aot.py beside another file of kernels."""
-    (tmp_path / "bad.py").write_text(BAD_KERNELS)
+    """aot.py beside other cases."""
+    (tmp_path / "aot_cases.py").write_text(BAD_KERNELS)
     copy = tmp_path / "aot.py"
     copy.write_text(Path(aot.__file__).read_text())
     child = run(copy)
@@ -155,7 +155,7 @@ def test_bad_kernels_end_with_status_1_and_a_line_each(tmp_path):
 
 
 def test_a_compiler_that_aborts_is_named_with_the_kernel_it_died_of(tmp_path):
-    (tmp_path / "bad.py").write_text(
+    (tmp_path / "aot_cases.py").write_text(
         BAD_KERNELS + "\n\nimport os\ntriton.compile = lambda *a, **k: os.abort()\n"
     )
     copy = tmp_path / "aot.py"

@@ -445,7 +445,10 @@ def test_gpu_float32_matches_float64(name, D, T):
     qkv, upstream = random_inputs(1, T, 2, 1, D)
     options = options_of(name, 1, T)
     exact = gradients(module.attention_reference, [x.double() for x in qkv], upstream, **options)
-    assert_close(gradients(kernels, qkv, upstream, **options), exact, 2e-5)
+    ours = gradients(kernels, qkv, upstream, **options)
+    sizes = [x.abs().max().clamp(min=1) for x in exact]  # up to 20, where float32 itself errs 3e-5
+    ours, exact = ([x / size for x, size in zip(found, sizes)] for found in (ours, exact))
+    assert_close(ours, exact, 2e-5)
 
 
 def every_step_rounded(q, k, v, causal=True, window=None, documents=None, scale=None):

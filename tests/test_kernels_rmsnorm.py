@@ -203,10 +203,30 @@ def test_rmsnorm_compiles_into_one_graph(residual, device):
 
 @on_devices
 @pytest.mark.parametrize("residual", [False, True])
+def test_rmsnorm_writes_the_type_asked_for(residual, device):
+    """y in bfloat16 of a float32 stream is the float32 y, rounded; the gradients are float32."""
+    x, g = random(5, 33, device=device), random(33, device=device, seed=1)
+    r = random(5, 33, device=device, seed=2) if residual else None
+    dy = random(5, 33, device=device, seed=3).bfloat16()
+    results = []
+    for dtype in (None, torch.bfloat16):
+        inputs = [a.clone().requires_grad_() for a in (x, g, r) if a is not None]
+        y = rmsnorm(*inputs[:2], EPS, *inputs[2:], dtype=dtype, implementation="triton")
+        y, s = y if residual else (y, None)
+        assert y.dtype == (dtype or torch.float32) and (s is None or s.dtype == torch.float32)
+        results.append((y.float(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))))
+    (wide, *wanted), (narrow, *found) = results
+    assert ((narrow - wide).abs() <= 2**-7 * wide.abs()).all() and not torch.equal(narrow, wide)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@on_devices
+@pytest.mark.parametrize("residual", [False, True])
 def test_rmsnorm_op_passes_opcheck(residual, device):
     x, g = random(5, 16, device=device).requires_grad_(), random(16, device=device, seed=1)
     r = random(5, 16, device=device, seed=2).requires_grad_() if residual else None
-    torch.library.opcheck(torch.ops.kernels.rmsnorm, (x, g.requires_grad_(), EPS, r))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.kernels.rmsnorm, (x, g.requires_grad_(), EPS, r, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -253,6 +273,13 @@ def test_rmsnorm_names_what_is_wrong(x, g, r, message, device):
     x, g, r = (a if a is None or a.is_meta else a.to(device) for a in (x, g, r))
     with pytest.raises(ValueError, match=message):
         rmsnorm(x, g, EPS, r, implementation="triton")
+
+
+@on_devices
+def test_rmsnorm_names_a_type_that_it_cannot_write(device):
+    with pytest.raises(ValueError, match="dtype=torch.float64 must be one of"):
+        rmsnorm(ones(3, 4, device=device), ones(4, device=device), EPS, dtype=torch.float64,
+                implementation="triton")  # fmt: skip
 
 
 def test_rmsnorm_names_an_unknown_implementation():
