@@ -395,7 +395,7 @@ def test_triton_that_is_not_there_is_one_error(monkeypatch):
         dataclasses.replace(SMALL, implementation="fast")
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("T, S, H, G", [(1, 1, 2, 2), (7, 7, 4, 2), (5, 9, 4, 1), (1, 6, 2, 2)])
 def test_attention_matches_its_definition(implementation, training, T, S, H, G):

@@ -103,6 +103,20 @@ def test_adamw_triton_follows_torch_on_a_gpu():
     assert_triton_follows_torch("cuda")
 
 
+def test_adamw_takes_the_kernel_for_plain_tensors_only():
+    """A subclass may be a part of a tensor, as FSDP's DTensor is, whose address means nothing."""
+
+    class Part(torch.Tensor):
+        pass
+
+    gpu = torch.device("cuda")
+    p, x = torch.nn.Parameter(torch.zeros(4)), torch.zeros(4)
+    optimizer = AdamW([p])
+    assert optimizer._takes_triton(gpu, [(p, x, x, x)])
+    assert not optimizer._takes_triton(torch.device("cpu"), [(p, x, x, x)])
+    assert not optimizer._takes_triton(gpu, [(p, x, x, x), (p, x.as_subclass(Part), x, x)])
+
+
 def test_adamw_without_kernels_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(adamw, "kernel", None)
     with pytest.raises(ImportError, match="kernels/adamw.py"):

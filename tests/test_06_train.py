@@ -587,6 +587,36 @@ def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
 # figures
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_evaluation_scores_every_row_once_in_batches_of_one_size(processes):
+    """Ten rows, four at a time: three processes have work once, and the third no row of its own."""
+    ids = np.arange(1, 61, dtype=np.uint16)
+    val = batches.Batches(ids, batches.block_rows(len(ids), 6), 4, 6, seed=0)
+    token_bytes = torch.arange(100)
+    sizes = []
+
+    def loss_sum(x, y):
+        sizes.append(len(x))
+        return (x * (y != batches.IGNORE)).sum().float()
+
+    class Process:  # sums up its own part and those of the processes before it
+        def __init__(self, rank):
+            self.rank, self.size = rank, processes
+
+        def sum(self, sums):
+            found.append(sums.clone())
+            return sum(found)
+
+    found = []
+    for rank in range(processes):
+        nats, bits = train.evaluate(loss_sum, val, token_bytes, 10**9, Process(rank))
+    assert set(sizes) == {4} and len(sizes) == 3
+    targets = np.concatenate([np.arange(a, a + n) for a, n in zip(val.starts, val.lengths)])
+    assert nats == pytest.approx(ids[targets].mean())
+    text_bytes = ids[targets + 1].sum()
+    assert bits == pytest.approx(ids[targets].sum() / np.log(2) / text_bytes)
+
+
 def test_report_sees_every_evaluation_and_may_end_the_run(cache, tmp_path):
     seen = []
     config = train.resolve(train.read_flags(flags(cache, tmp_path / "whole", "--max-steps", 20)))
@@ -638,7 +668,14 @@ def test_track_without_the_package_is_one_line(monkeypatch, capsys, cache, tmp_p
 
 @pytest.mark.parametrize(
     "name, tflops",
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("Tesla T4", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", None),
+        ("Tesla T4", None),
+    ],
 )
 def test_card_is_found_by_its_name(name, tflops, monkeypatch):
     monkeypatch.setattr(train, "device_name", lambda device: name)
@@ -768,6 +805,7 @@ def test_train_counts_tokens(rows, capsys, cache, tmp_path):
         (["--guard", "maybe"], "one of on, off"),
         (["--vocab-size", 100_000], "257 to 65536"),
         (["--device", "quantum"], "try --device cpu"),
+        (["--device", "meta"], "--device meta: wanted cpu, cuda, cuda:N or auto"),
         (["--data", "no/such/file.txt"], "no such file"),
         (["--sample", "x"], "train first"),
     ],
