@@ -23,7 +23,7 @@ Start: output projections (W_out, W_down) begin at zero, so the first forward pa
 embedding followed by the head. With tied weights such a model echoes its input: the logit of the
 input token is sqrt(C) * |E_i|, about C * std. At std 0.02 and C 512 that is 10, and the first
 loss is 10.4 instead of ln V = 8.3. Std 2.5 / C keeps that logit at 2.5 and the loss at ln V to
-within 0.1. A smaller one loses more later: a few updates on, the outputs of the layers drown it.
+within 0.1. A smaller std loses more later: a few updates on, the outputs of the layers drown it.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
 RoPE: Su et al. 2021 (2104.09864), in the half-split form of GPT-NeoX and Llama; SwiGLU: Shazeer
@@ -305,7 +305,7 @@ class PositionedHeads(torch.autograd.Function):
     @staticmethod
     def rows(qkv):
         B = len(qkv)
-        size = 1 if qkv.device.type == "cpu" else B
+        size = 1 if qkv.device.type == "cpu" else max(1, B)
         return [slice(first, first + size) for first in range(0, B, size)]
 
     @staticmethod
@@ -330,7 +330,7 @@ class PositionedHeads(torch.autograd.Function):
         wide = torch.promote_types(dq.dtype, torch.float32)
         heads = dq.shape[2] + dk.shape[2]  # H + G
         dx = dq.new_empty((*dq.shape[:2], heads + dv.shape[2], dq.shape[3]))
-        d_gain = torch.zeros_like(normed[1]) if normed else None
+        d_gain = torch.zeros_like(normed[1], dtype=wide) if normed else None
         for row in PositionedHeads.rows(dq):
             slope = rope(torch.cat((dq[row], dk[row]), dim=2).to(wide), cos, -sin)
             if normed:
@@ -342,6 +342,7 @@ class PositionedHeads(torch.autograd.Function):
                 slope = norm_gradient(slope.mul_(gain), x_hat, mean, rstd[row])
             dx[row, :, :heads] = slope
         dx[:, :, heads:] = dv
+        d_gain = d_gain.to(normed[1].dtype) if normed else None
         return dx, d_gain, None, None, None, None, None
 
 
@@ -430,6 +431,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
         raise ValueError(f"implementation={implementation!r} must be {wanted}")
     T, H, D = q.shape[1:]
     S, G = k.shape[1:3]
+    if S < T or H % G:
+        wanted = f"(B, at least {T}, a divisor of {H}, {D})"
+        raise ValueError(f"k.shape={tuple(k.shape)} must be {wanted} for q.shape={tuple(q.shape)}")
     if T == S and use_triton(implementation, q) and D in HEAD_DIMS:
         return fused_attention(q, k, v, implementation="triton")
     training = T == S and torch.is_grad_enabled() and implementation != "reference"
@@ -649,9 +653,10 @@ class Decoder:
     Args:
         batch: B, the rows that are read side by side.
         capacity: the most positions that it will read, at most seq_len.
-    On a CPU it holds a copy of the weights: after a change of the model, make a new one.
+    It may hold copies of the weights: after a change of the model, make a new one.
     """
 
+    @torch.no_grad()
     def __init__(self, model: GPT, batch: int, capacity: int):
         config, table = model.config, model.embedding.weight
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
@@ -680,6 +685,8 @@ class Decoder:
         H, G, D, eps = config.n_head, config.n_kv_head, config.head_dim, config.norm_eps
         if B != self.cache.shape[2]:
             raise ValueError(f"ids have {B} rows; wanted batch={self.cache.shape[2]}")
+        if T < 1:
+            raise ValueError("ids have no position; wanted at least one")
         if end > self.cache.shape[4]:
             raise ValueError(f"{end} positions; wanted at most capacity={self.cache.shape[4]}")
         x = F.embedding(ids, self.model.embedding.weight)  # (B, T, C)

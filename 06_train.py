@@ -39,11 +39,12 @@ torch's fast kernels, of embeddings for one, add in no fixed order and two runs 
 
 Several processes: each takes its share of the rows of a batch, the same batch for any number of
 them, and adds its gradient to the others'. So a run may be resumed with another number: the same
-batches, sums in another order. With the same number it is the same numbers. Over several machines
-(torchrun --nnodes) --out and --cache have to be on a disk that all of them see. With --shard each
-holds its part of weights, gradients and moments alone, for a model that no GPU holds; a checkpoint
-is whole either way, so that --resume may go on with --shard or --no-shard. It does not go with
---compile, which the preset of a GPU has: add --no-compile.
+batches, sums in another order. With the same number it is the same numbers. (On a CPU rows of like
+length share a batch, but not with --compile: a run that changes either goes on with other rows.)
+Over several machines (torchrun --nnodes) --out and --cache have to be on a disk that all of them
+see. With --shard each holds its part of weights, gradients and moments alone, for a model that no
+GPU holds; a checkpoint is whole either way, so that --resume may go on with --shard or --no-shard.
+It does not go with --compile, which the preset of a GPU has: add --no-compile.
 
 Letters: B rows in a batch, T positions in a row, V vocabulary.
 
@@ -328,11 +329,12 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed: the next step asks for the same again, a fresh page a fault.
+    """Makes glibc keep what is freed: the next step asks for the same again.
 
-    Up to 32 MiB (the most it takes) come from its heap, and nothing goes back to the system. With
-    bfloat16 on 2 cores of an AMD EPYC (Zen 5) a step of the 27M model then takes a tenth less. Does
-    nothing without glibc. Source: mallopt(3), malloc.h.
+    Pages that went back to the system would come again by a page fault each. Blocks of up to 32 MiB
+    (the most it takes) come from its heap, of which 2 GiB may lie free. In bfloat16 on 2 cores of
+    an AMD EPYC (Zen 5) a step of the 27M model then takes a tenth less. Does nothing without glibc.
+    Source: mallopt(3), malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -375,7 +377,9 @@ class Team:
     def __exit__(self, *error) -> None:
         if self.size > 1:
             distributed.destroy_process_group()
-            time.sleep(0.1)  # gloo's threads free their last tensors: after Python's end they abort
+            # gloo's threads free their last tensors, and abort if Python has ended: with --shard 6
+            # of 50 runs did without this, none of 40 with it (torch 2.13)
+            time.sleep(0.1)
 
     def one_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns in each process, the others' call coming after the first's."""
@@ -389,7 +393,7 @@ class Team:
         return make()
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all processes' x, the same in each."""
+        """x, to which all processes' x have been added in place."""
         if self.size > 1:
             distributed.all_reduce(x)
         return x
@@ -707,10 +711,10 @@ def evaluate(
     rows = min(len(val), int(np.searchsorted(val.lengths.cumsum(), limit)) + 1)
     sums = torch.zeros(3, dtype=torch.float64, device=token_bytes.device)
     size = val.batch_size
-    for start in range(0, rows, team.size * size):  # all as often, and batches of one size
+    for start in range(0, rows, team.size * size):  # as many batches in each process, of one size
         first = start + team.rank * size
         x, y, _ = val.take(np.arange(first, first + size).clip(max=rows - 1))
-        y[max(0, rows - first) :] = batches.IGNORE  # what is there for the size alone
+        y[max(0, rows - first) :] = batches.IGNORE  # rows that only fill the batch up
         counted = y != batches.IGNORE
         text_bytes = (token_bytes[y.clamp(min=0)] * counted).sum()
         sums += torch.stack((loss_sum(x, y).double(), text_bytes, counted.sum()))
@@ -1184,11 +1188,12 @@ def train_together(
             # 7. evaluate, save, stop
             last, stopping = place.step == config.max_steps, team.any(bool(stops))
             best = False
-            if place.step % config.eval_every == 0 and not last:
+            if place.step % config.eval_every == 0 or last:
                 nats, bpb = evaluate(run.loss_sum, val, token_bytes, config.eval_tokens, team)
                 best = nats < place.best
                 if best:
                     place.best, place.best_step = nats, place.step
+            if place.step % config.eval_every == 0 and not last:
                 log(step=place.step, val_nats=nats, val_bpb=bpb)
                 print(
                     f"eval {place.step:6d}/{config.max_steps} | val {nats:.4f} nats | "
@@ -1260,7 +1265,8 @@ def memory_parts(
         "gradients at the head": 4 * (shape.vocab_size + tokens) * shape.d_model,
         "backward of an MLP": dtype.itemsize * 5 * tokens * shape.d_mlp,  # five side by side
     }
-    if device_type == "cpu":  # where glibc keeps freed blocks, the gradients' too: measured
+    if device_type == "cpu":  # where glibc keeps freed blocks, the gradients' too: measured with
+        # 4 and 16 rows of the 27M model, and too much where single tensors have more than 32 MiB
         passing = sum(parts.values()) - parts["weights"] - parts["moments"]
         parts["freed, but kept"] = passing // 4 + 4 * parameters
     return parts

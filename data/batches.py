@@ -15,9 +15,9 @@ one of two ways, and either way each token is a target once per epoch:
     "blocks"   every T tokens, wherever that falls: no padding, but most rows begin in mid-story.
 
 Batch `step` of size B holds samples step*B .. step*B + B-1 of the endless sequence made of one
-shuffle of all rows after another; the shuffle of epoch e is drawn from (seed, e). So the position
-in the data is one integer, nothing has to be replayed to resume at any step, and a batch is a
-gather of half a millisecond: there is no loader process. With `device="cuda"` the whole
+shuffle of all rows after another (but see `trim`); the shuffle of epoch e is drawn from (seed, e).
+So the position in the data is one integer, nothing has to be replayed to resume at any step, and a
+batch is a gather of half a millisecond: there is no loader process. With `device="cuda"` the whole
 set lies on the GPU (2 bytes a token: TinyStories is 1.1 GB) and so does the gather.
 
 With `trim` a batch is no wider than its longest row needs (in steps of 8 places, because a CPU's

@@ -9,10 +9,10 @@ For every number p with gradient g and moments m, v, at step t = 1, 2, ...:
         with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t)
 
 Bytes: p, m, v read and written, g read, all float32: 28 per parameter, for about 16 FLOPs. Memory
-is the bound: 27M parameters are 756 MB, 176 us at the 4.3 TB/s of an H200. As seven operations
-on whole tensors, the form of 04_adamw.py, it is 72 bytes, since m, v, p and a temporary are read
-and written again and again. Clipping in place would read and write g once more, 8 bytes: here the
-factor is applied to g on its way. The norm reads g: 4 bytes, 25 us.
+is the bound: 27M parameters are 756 MB, 176 us at the 4.3 TB/s that a copy reaches on an H200. As
+seven operations on whole tensors, the form of 04_adamw.py, it is 72 bytes, since m, v, p and a
+temporary are read and written again and again. Clipping in place would read and write g once more,
+8 bytes: here the factor is applied to g on its way. The norm reads g: 4 bytes, 25 us.
 
 One launch serves tensors of any number and size through a table in GPU memory, a row for every
 CHUNK numbers: their addresses in p, g, m, v, how many they are, and the tensor's weight decay. A

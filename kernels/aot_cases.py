@@ -39,16 +39,17 @@ def swiglu_cases() -> list[dict]:
 
 
 def rmsnorm_cases() -> list[dict]:
-    """A bfloat16 branch joins a stream of the same type, or of float32 as in training."""
-    cases = []
-    for C, s in ((512, "*bf16"), (512, "*fp32"), (8192, "*bf16")):
-        forward = f"{s} *bf16 *fp32 *bf16 {s} *fp32 i32 i32 i32 i32 fp32"
-        backward = f"*bf16 {s} {s} *fp32 *fp32 {s} *fp32 i32 i32 i32"
+    """Of a float32 stream into bfloat16, as in training; with a branch added first; wide rows."""
+    cases, wide = [], (8192, "*bf16", 1)
+    for C, s, branch in ((512, "*fp32", 0), (512, "*fp32", 1), (512, "*bf16", 1), wide):
+        r, name = branch * "*bf16", f", C {C}" + branch * " + residual" + f", {s[1:]}"
+        forward = f"{s} {r} *fp32 *bf16 {branch * s} *fp32 i32 i32 i32 i32 fp32"
+        backward = f"*bf16 {branch * s} {s} *fp32 *fp32 {s} *fp32 i32 i32 i32"
+        absent = ({}, {}) if branch else ({"r_ptr": None, "s_ptr": None}, {"ds_ptr": None})
         kernels = (rmsnorm._forward, forward), (rmsnorm._backward, backward)
-        for kernel, types in kernels:
-            name = f"rmsnorm{kernel.__name__}, C {C}" + ", fp32 stream" * (s == "*fp32")
-            launch = rmsnorm._tile(C)
-            cases.append({"name": name, "kernel": kernel, "types": types, "launch": launch})
+        for (kernel, types), missing in zip(kernels, absent):
+            case = {"name": f"rmsnorm{kernel.__name__}{name}", "kernel": kernel, "types": types}
+            cases.append(case | {"launch": rmsnorm._tile(C) | missing})
     return cases
 
 

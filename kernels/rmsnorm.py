@@ -12,12 +12,12 @@ Backward, from dy and the gradient ds that reaches s from elsewhere (the residua
     dx = dr = rstd * (dn - n * mean(dn * n)) + ds
     dg = sum over rows of dy * n
 
-Bytes in bf16, a = 2NC being one pass over an activation: forward reads x and writes y, 2a; with
-the addition it reads x, r and writes s, y: 4a, where addition and norm apart move 5a. Backward
-reads s, dy and writes dx, 3a; ds folded in makes it 4a, apart 6a. rstd (4N) and g are small.
-About 5NC FLOPs forward and 10NC backward: one or two per byte, where a GPU needs a hundred to be
-busy. Memory is the bound, so the bytes not moved are the time saved: 65,536 rows of 512 are 67 MB
-a pass, 16 us at the 4.3 TB/s of an H200, whatever is computed on the way.
+Bytes in bf16, a = 2NC being one pass over an activation: forward reads x and writes y, 2a; with the
+addition it reads x, r and writes s, y: 4a, where addition and norm apart move 5a. Backward reads s,
+dy and writes dx, 3a; ds folded in makes it 4a, apart 6a. rstd (4N) and g are small. About 5NC FLOPs
+forward and 10NC backward: one or two per byte, where a GPU needs a hundred to be busy. Memory is
+the bound, so the bytes not moved are the time saved: 65,536 rows of 512 are 67 MB a pass, 16 us at
+the 4.3 TB/s that a copy reaches on an H200, whatever is computed on the way.
 
 Everything is computed in float32 and rounded once, on writing; y is made of the rounded s, because
 backward sees no other. The sum for dg is deterministic: a fixed number of programs each add up
@@ -54,7 +54,8 @@ def jit(kernel):
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Backward's programs, each with a private sum for dg: four for each of the 132 multiprocessors of
-# an H100 or H200, where at most 128 registers and 4 warps let four run at once. Not yet measured on a GPU.
+# an H100 or H200, where at most 128 registers and 4 warps let four run at once. Not yet measured on
+# a GPU.
 PROGRAMS = 528
 
 
@@ -75,7 +76,7 @@ def rmsnorm_reference(
 
 @jit
 def _forward(
-    x_ptr,  # (N, C), rows x_stride apart, as all columns here one apart
+    x_ptr,  # (N, C), rows x_stride apart; in every tensor here columns are adjacent
     r_ptr,  # (N, C), rows r_stride apart, or None
     g_ptr,  # (C,)
     y_ptr,  # (N, C) contiguous, written
@@ -269,8 +270,9 @@ def rmsnorm(
         dtype: of y; None: that of x + residual. With the type of the product that y goes into
             (autocast's), the stream stays float32 and y is not written in it first.
         implementation: "auto" takes the kernels for float32, bfloat16 and float16 on a GPU where
-            Triton is installed, else the reference. The kernels want C <= 8192 and a last axis of
-            stride 1, and copy x only if its other axes cannot be seen as one.
+            Triton is installed, else the reference. The kernels want C <= 8192, a last axis of
+            stride 1 and one of these types for all (ValueError, also with "auto"), and copy x only
+            if its other axes cannot be seen as one.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")

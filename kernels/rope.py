@@ -21,8 +21,8 @@ v come out separate, and their gradients go in separate and come out packed, in 
 would leave PyTorch to join the three gradients, 2p more. In eager PyTorch norm and rotation are
 some fifteen operations, each with a pass of its own. About 20 FLOPs per number, under 10 per byte,
 where a GPU needs a hundred to be busy: memory is the bound. At N = 65,536, H = 4, G = 2, D = 128 a
-pass is 134 MB, so forward needs at least 62 us and backward 86 us at the 4.3 TB/s of an H200. The
-tables of angles stay in the cache.
+pass is 134 MB, so forward needs at least 62 us and backward 86 us at the 4.3 TB/s that a copy
+reaches on an H200. The tables of angles stay in the cache.
 
 All arithmetic is in float32, rounded once on writing; angles too, as bfloat16 has no odd number
 above 256: a radian's error. The sum for the gains is deterministic: a fixed number of programs

@@ -257,13 +257,15 @@ def test_a_run_that_only_spikes_ends_in_one_line(monkeypatch, capsys, cache, tmp
     assert status == 2 and "went back 5 times" in stderr and stderr.count("\n") == 1
 
 
-def test_best_checkpoint_is_kept(monkeypatch, capsys, cache, tmp_path):
-    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 9.0])  # after each 8 steps; and the last, of all
+@pytest.mark.parametrize("last, best", [(2.7, 16), (1.0, 40)])
+def test_best_checkpoint_is_kept(last, best, monkeypatch, capsys, cache, tmp_path):
+    values = iter([3.0, 2.0, 2.5, 2.6, last, 9.0])  # after each 8 steps; and the whole text
     monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (next(values), 1.0))
     run(capsys, cache, tmp_path / "run")
-    assert [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")] == [40, 39, 38, 16]
+    kept = [train.step_of(p) for p in train.checkpoint_files(tmp_path / "run")]
+    assert kept == [40, 39, 38] + [16] * (best == 16)
     argv = ["--out", tmp_path / "run", "--sample", "Once", "--checkpoint"]
-    for name, step in (("best", 16), ("newest", 40)):
+    for name, step in (("best", best), ("newest", 40)):
         config = train.resolve(train.read_flags([str(x) for x in [*argv, name]]))
         model, _ = train.trained(config, "--sample")
         wanted = train.load_checkpoint(tmp_path / "run", step)["model"]
