@@ -1179,7 +1179,9 @@ def train_together(
                     f"lr {rate:.2e} | gnorm {entry['gnorm']:.2f}"
                     + meter.line(config.max_steps - place.step)
                 )
-            if config.guard == "off" and not math.isfinite(loss.item() + norm.item()):
+            looks = config.log_every, config.checkpoint_every, config.max_steps
+            look = config.guard == "off" and any(place.step % n == 0 for n in looks)
+            if look and not math.isfinite(loss.item() + norm.item()):  # for which a GPU waits
                 raise RunError(
                     f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; try a "
                     "lower --learning-rate in another --out"

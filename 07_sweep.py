@@ -404,6 +404,8 @@ def space_from_json(tree: dict) -> dict:
     for name, node in tree.items():
         try:
             if isinstance(node, dict) and "choice" in node:
+                unknown = sorted(node.keys() - {"choice", "then"})
+                check(not unknown, "choice", unknown, 'nothing beside it but "then"')
                 options, then = node["choice"], node.get("then", {})
                 check(isinstance(options, list), "choice", options, "a list")
                 out[name] = Choice(options, space_from_json(then) if type(then) is dict else then)
@@ -1880,8 +1882,12 @@ def read_space(settings: argparse.Namespace) -> Space:
             raise SweepError(f"--space {settings.space}: {error}") from error
         check(isinstance(tree, dict), "--space", settings.space, "a JSON object {name: ...}")
         tree = space_from_json(tree)
-    for flag in settings.tune:
-        tree |= space_from_flag(flag)
+    tuned = [space_from_flag(flag) for flag in settings.tune]
+    names = [name for one in tuned for name in one]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    check(not twice, "--tune", ", ".join(twice), "each name once")
+    for one in tuned:
+        tree |= one
     return Space(tree)
 
 

@@ -253,6 +253,7 @@ def test_space_from_json_and_from_flags_equal_python():
         (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": 3}}), "c: then=3"),
         (lambda: sweep.space_from_json({"c": {"choice": ["a"], "then": {"a": 3}}}), "c: then=3"),
         (lambda: sweep.space_from_json({"c": {"choice": 3}}), "c: choice=3: wanted a list"),
+        (lambda: sweep.space_from_json({"c": {"choice": [1, 2], "thn": {}}}), "c: choice=.'thn'.:"),
         (lambda: sweep.space_from_flag("lr=0.1:1:step=x"), "lr: step='x': wanted a number"),
     ],
 )
@@ -1290,7 +1291,8 @@ def test_command_line_runs_any_program(tmp_path, capsys):
     assert "add --resume" in capsys.readouterr().err
     assert sweep.main([*flags, "--resume"]) == 0 and sweep.main([*flags, "--report"]) == 0
     capsys.readouterr()
-    assert sweep.main([*flags, "--report", "--tune", "x=0.0:2.0", "--points", "6"]) == 2
+    other = [flag.replace("x=0.0:1.0", "x=0.0:2.0") for flag in flags]
+    assert sweep.main([*other, "--report", "--points", "6"]) == 2
     holds = f"{tmp_path}/s holds another study: its space.x.high is 1.0, not 2.0; "
     assert holds + "sampler.points is 5, not 6; choose" in capsys.readouterr().err
 
@@ -1472,6 +1474,7 @@ def test_progress_counts_paused_trials_as_paused(tmp_path):
         ("--tune seed=1:2 --seed -1", "seed=-1: wanted at least 0"),
         ("--tune seed=1:2 --budget -5", "budget=-5: wanted at least 1"),
         ("--tune seed=1:2 --trials -3", "trials=-3: wanted above 0"),
+        ("--tune seed=1:2 --tune seed=3", "--tune='seed': wanted each name once"),
         ("--report", "there is no study in"),
     ],
 )
