@@ -176,7 +176,7 @@ def test_guard_off_shows_the_crash(monkeypatch, capsys, cache, tmp_path):
     status, stdout, stderr = run(capsys, cache, tmp_path / "off", "--guard", "off")
     assert status == 2 and f"gradient norm nan at step {bad - 1}" in stderr
     calls.clear()
-    seldom = ["--guard", "off", "--log-every", 100, "--checkpoint-every", 10]  # it looks, then saves
+    seldom = ["--guard", "off", "--log-every", 100, "--checkpoint-every", 10]
     status, _, stderr = run(capsys, cache, tmp_path / "seldom", *seldom)
     assert status == 2 and "gradient norm nan at step 9" in stderr
     assert not train.checkpoint_files(tmp_path / "seldom")
