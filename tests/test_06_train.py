@@ -420,6 +420,8 @@ config = train.Config(shard=True)
 vocabulary = train.bpe.train(["abc abd abe"] * 9, 260)
 with train.Team(device) as team:
     run = train.Run(config, vocabulary, device, torch.float32, team)
+    # each gathers its own weights only, when it is computed
+    assert all(isinstance(block, train.FSDPModule) for block in run.model.blocks)
     x = torch.arange(8).reshape(2, 4)
     run.backward(x, x, 16)
     for optimizer in run.optimizers:
