@@ -299,7 +299,9 @@ class PositionedHeads(torch.autograd.Function):
     The gradient of a rotation is the rotation back. With x_hat = x * rstd, for queries and keys,
         slope = dy turned back,   dL/dgain = sum over the positions of slope * x_hat,
         dL/dx_hat = slope * gain, and on by `norm_gradient`
-    On a CPU a row of the batch at a time, so that what lies between stays in the cache.
+    Args: qkv (B, T, H + 2G, D), a head a row: queries, keys, values; gain (H + G, D) or None; cos,
+        sin (T, D/2). Returns: q (B, T, H, D), k and v (B, T, G, D). In float32, rounded once. On a
+        CPU a row of the batch at a time, so that what lies between stays in the cache.
     """
 
     @staticmethod
@@ -312,10 +314,10 @@ class PositionedHeads(torch.autograd.Function):
     def forward(ctx, qkv, gain, cos, sin, H, G, eps):
         qk, v = qkv.split((H + G, G), dim=2)
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        y = qk.new_empty(qk.shape)
+        y = qk.new_empty(qk.shape)  # (B, T, H + G, D)
         rstd = qk.new_empty((*qk.shape[:3], 1), dtype=wide)
         for row in PositionedHeads.rows(qkv):
-            x = qk[row].to(wide)
+            x = qk[row].to(wide)  # (rows, T, H + G, D)
             if gain is not None:
                 rstd[row] = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
                 x = (x * rstd[row]).mul_(gain)
@@ -338,7 +340,7 @@ class PositionedHeads(torch.autograd.Function):
                 x_hat = qkv[row, :, :heads] * rstd[row]  # (rows, T, H + G, D)
                 product = slope * x_hat
                 d_gain += product.sum((0, 1))
-                mean = product.mul_(gain).mean(-1, keepdim=True)
+                mean = product.mul_(gain).mean(-1, keepdim=True)  # (rows, T, H + G, 1)
                 slope = norm_gradient(slope.mul_(gain), x_hat, mean, rstd[row])
             dx[row, :, :heads] = slope
         dx[:, :, heads:] = dv

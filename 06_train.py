@@ -333,8 +333,8 @@ def keep_freed_memory() -> None:
 
     Pages that went back to the system would come again by a page fault each. Blocks of up to 32 MiB
     (the most it takes) come from its heap, of which 2 GiB may lie free. In bfloat16 on 2 cores of
-    an AMD EPYC (Zen 5) a step of the 27M model then takes a tenth less. Does nothing without glibc.
-    Source: mallopt(3), malloc.h.
+    an AMD EPYC (Zen 5) a step of the 27M model took a tenth less than with this left out. Does
+    nothing without glibc. Source: mallopt(3), malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -56,8 +56,8 @@ prints, from seed 0,
     the best so far, beside random search over 10 whole runs
 
        tokens     ASHA   random
-      110,769   2.1097   3.2968
-      221,538   2.1097   3.2968
+      110,769   2.1097   3.2295
+      221,538   2.1097   3.2295
       332,306   2.0773   2.1097
       443,075   2.0773   2.1097
 

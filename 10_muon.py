@@ -40,8 +40,8 @@ does as well; noise, too, is given full length in every direction; and its rate 
 03's 0.5M model on the built-in stories, nats above the floor after 250 steps of 8 rows of 200
 tokens, one seed ("match_rms_adamw"; AdamW at 6e-3 for the rest):
 
-    Muon at  2.5e-3 0.382   5e-3 0.353   1e-2 0.371   2e-2 0.418   4e-2 0.426
-    AdamW at   3e-3 0.463   6e-3 0.405   1e-2 0.418
+    Muon at  2.5e-3 0.382   5e-3 0.353   1e-2 0.370   2e-2 0.419   4e-2 0.425
+    AdamW at   3e-3 0.464   6e-3 0.405   1e-2 0.422
 
 (python results/ladder.py --tune --steps 250.) So at 2e-2 no gain is left; at 5e-3 it is beyond the
 noise, after 1100 steps 0.074 beside AdamW's 0.157, means of three seeds, and on real text as well

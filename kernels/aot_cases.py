@@ -1,5 +1,7 @@
 """Which kernels aot.py compiles, with which types and sizes: a dictionary each.
 
+Imported by aot.py alone, which runs as a script, so that the files here are found by their names.
+
     name        a line of the table
     kernel      the function under @jit
     types       of the arguments that are not in launch, in order: "*bf16 *fp32 i32 fp32 ..."

@@ -150,9 +150,10 @@ INTERPRETED = triton is not None and not isinstance(_forward, triton.JITFunction
 def _tile(C: int) -> dict:
     """ROWS, BLOCK, num_warps for rows of C: 16 numbers a thread. Not yet measured on a GPU.
 
-    Compiled for sm_90 by Triton 3.9, with residual, in bfloat16: forward 40 registers at C = 512
-    and 49 at 8192, backward 107 and 94 (3.6: 40, 51, 126, 123); with a float32 stream at 512 48 and
-    117 (48, 128); no spills; x, r, y, s, dy and dx are accessed 16 bytes at a time.
+    Registers on sm_90, forward and backward, by Triton 3.9 (in brackets 3.6), all without spills
+    and with 16-byte accesses to x, r, y, s, dy and dx: C = 512 in float32, without residual 40 and
+    114 (40, 119), with it 48 and 117 (48, 128); with it in bfloat16 40 and 107 (40, 126), at C =
+    8192 49 and 94 (51, 123).
     """
     block = max(16, triton.next_power_of_2(C))
     warps = min(max(block // 512, 4), 16)

@@ -226,6 +226,37 @@ def test_gated_product_of_bfloat16_is_near_float64():
         assert a.dtype == torch.bfloat16 and distance(a, b) < rounding(a.dtype) * math.sqrt(3)
 
 
+def positioned(qkv, gain):
+    """q, k and v as one tensor, of 2 query heads, 1 key head and 1 value head."""
+    cos, sin = gpt.rope_table(qkv.shape[1], qkv.shape[3], 100.0)
+    return torch.cat(gpt.PositionedHeads.apply(qkv, gain, cos, sin, 2, 1, 1e-6), dim=2)
+
+
+def plainly_positioned(qkv, gain):
+    qk, v = qkv.split((3, 1), dim=2)
+    cos, sin = gpt.rope_table(qkv.shape[1], qkv.shape[3], 100.0)
+    return torch.cat((gpt.rope(F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * gain, cos, sin), v), dim=2)
+
+
+@pytest.mark.parametrize("B, T", [(1, 1), (2, 3)])
+def test_positioned_heads_gradient_matches_its_finite_differences(B, T):
+    qkv, gain = randn64(B, T, 4, 6), randn64(3, 6)
+    assert torch.autograd.gradcheck(positioned, (qkv, gain))
+    assert torch.autograd.gradcheck(lambda qkv: positioned(qkv, None), (qkv,))
+
+
+def test_positioned_heads_of_bfloat16_round_once():
+    """The gain's gradient too, a sum over 200 rows, which would come to a halt in bfloat16."""
+    qkv, dy = torch.randn(2, 200, 8, 4, 6)
+    gain = 1 + 0.1 * torch.randn(3, 6)
+    inputs = [x.bfloat16().requires_grad_() for x in (qkv, gain)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found = gradients(positioned, inputs, dy.bfloat16())
+    wanted = gradients(plainly_positioned, wide, dy.bfloat16().double())
+    for a, b in zip(found, wanted):
+        assert a.dtype == torch.bfloat16 and distance(a, b) < rounding(a.dtype)
+
+
 def test_a_second_derivative_is_refused():
     x, gain = randn64(3, 4), randn64(4)
     heads = x.view(1, 3, 2, 2)
@@ -698,6 +729,15 @@ def test_decoder_rounds_no_more_than_the_model_in_bfloat16():
     assert ours < 1.1 * wanted
 
 
+@pytest.mark.parametrize("S, G", [(4, 2), (5, 3)])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_attention_names_keys_that_do_not_fit(S, G, implementation):
+    q, k = torch.zeros(1, 5, 4, 8), torch.zeros(1, S, G, 8)
+    wanted = rf"k.shape=\(1, {S}, {G}, 8\) must be \(B, at least 5, a divisor of 4, 8\)"
+    with pytest.raises(ValueError, match=wanted):
+        gpt.attention(q, k, k, implementation)
+
+
 def test_decoder_reads_no_further_than_its_capacity():
     decoder = gpt.Decoder(scrambled(SMALL), 2, 10)
     decoder(random_ids(SMALL, 2, 8))
@@ -705,6 +745,8 @@ def test_decoder_reads_no_further_than_its_capacity():
         decoder(random_ids(SMALL, 2, 3))
     with pytest.raises(ValueError, match="ids have 1 rows; wanted batch=2"):
         decoder(random_ids(SMALL, 1, 1))
+    with pytest.raises(ValueError, match="ids have no position; wanted at least one"):
+        decoder(random_ids(SMALL, 2, 0))
     with pytest.raises(ValueError, match="capacity=1000 must be at most seq_len"):
         gpt.Decoder(scrambled(SMALL), 2, 1000)
 
