@@ -176,6 +176,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.json is not None and not arguments.json.parent.is_dir():
         parser.error(f"--json {arguments.json}: no folder {arguments.json.parent}; make it first")
+    known = {}
+    if arguments.json is not None and arguments.json.exists():
+        try:
+            known = json.loads(arguments.json.read_text())
+        except ValueError as error:
+            parser.error(f"--json {arguments.json} is damaged ({error}); delete it or name another")
     if arguments.target:
         compile_target(arguments.target)
         return
@@ -191,7 +197,6 @@ def main() -> None:
     failures += [f"{r['kernel']} on {r['target']}: {fault}" for r in rows for fault in faults(r)]
     report(rows)
     if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         known[triton.__version__] = rows
         text = json.dumps(known).replace('": [{"', '": [\n{"').replace('}, {"', '},\n{"')
         arguments.json.write_text(text + "\n")  # a line for each row

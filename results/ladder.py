@@ -231,7 +231,13 @@ def measure_speed(data: str, cache: str, turns: int = 60) -> dict[str, float]:
 
 
 def load(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {"speed": {}, "runs": []}
+    if not path.exists():
+        return {"speed": {}, "runs": []}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        wanted = "delete it, or name another"
+        raise train.RunError(f"--json {path} is damaged ({error}); {wanted}") from error
 
 
 def save(path: Path, kept: dict) -> None:

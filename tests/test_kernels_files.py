@@ -81,3 +81,12 @@ def test_all_files_say_what_is_missing(block, message, run_file, tmp_path):
 def test_json_into_no_folder_is_one_line_before_anything_is_measured(command, run_file):
     done = run_file(ROOT / "kernels" / command, "--json", "/no/such/a.json")
     assert done.returncode == 2 and "no folder /no/such" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"3.9.0": ['], ids=["empty", "cut", "cut later"])
+def test_json_that_is_damaged_is_told_before_anything_is_compiled(content, run_file, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    done = run_file(ROOT / "kernels" / "aot.py", "--json", path)
+    assert done.returncode == 2 and f"{path} is damaged" in done.stderr and done.stdout == ""
+    assert path.read_text() == content

@@ -223,6 +223,15 @@ def test_arms_already_there_are_skipped(trained, tmp_path):
     assert len(trained) == 3 * len(ladder.ARMS) + 1
 
 
+def test_a_damaged_json_is_one_line_and_stays(tmp_path, capsys):
+    path = tmp_path / "ladder.json"
+    path.write_text('{"speed": {},')
+    assert ladder.main(["--json", str(path), "--plot", str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is damaged" in error and error.count("\n") == 1
+    assert path.read_text() == '{"speed": {},'
+
+
 def test_stopping_keeps_what_has_ended(trained, tmp_path, monkeypatch):
     plain = ladder.run_arm
 
