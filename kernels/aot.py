@@ -20,7 +20,8 @@ Sources: limits of shared memory: CUDA C++ Programming Guide, table of compute c
 
 Run: `python kernels/aot.py` (31 s on 2 cores of an AMD EPYC (Zen 5), nothing cached) prints a line
 for each kernel and target, and ends with status 1 if a limit or an expectation is not met. `--json
-FILE` also writes the table there, under the version of Triton, beside those of other versions. """
+FILE` also writes the table there, under the version of Triton, beside those of other versions.
+"""
 
 from __future__ import annotations
 
