@@ -52,18 +52,21 @@ Run: `python 01_loss.py` (CPU, 4 s on 2 cores of an AMD EPYC (Zen 5)) prints
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-try:  # Triton kernels, where the folder stands beside this file
-    from kernels.cross_entropy import cross_entropy as fused_cross_entropy
-    from kernels.cross_entropy import triton
-    from kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
-except ImportError:
-    triton = None
+triton = None  # Triton kernels, for a GPU or Triton's interpreter, where kernels/ stands beside
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+    try:
+        from kernels.cross_entropy import cross_entropy as fused_cross_entropy
+        from kernels.cross_entropy import triton
+        from kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
+    except ImportError:
+        pass
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
@@ -94,8 +97,8 @@ def use_triton(implementation: str, x: Tensor) -> bool:
             f"one of {IMPLEMENTATIONS}")  # fmt: skip
     if implementation == "triton" and triton is None:
         raise ImportError(
-            "implementation='triton' needs the folder kernels/ beside this file, and Triton: "
-            "pip install triton"
+            "implementation='triton' needs a GPU (or TRITON_INTERPRET=1), the folder kernels/ "
+            "beside this file, and Triton: pip install triton"
         )
     on_gpu = triton is not None and x.is_cuda and x.dtype != torch.float64
     return implementation == "triton" or (implementation == "auto" and on_gpu)

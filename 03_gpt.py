@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-try:  # Triton kernels, where the folder stands beside this file
-    from kernels.attention import HEAD_DIMS, triton
-    from kernels.attention import attention as fused_attention
-    from kernels.rmsnorm import rmsnorm as fused_rmsnorm
-    from kernels.rope import rope_qkv as fused_rope
-    from kernels.swiglu import swiglu as fused_swiglu
-except ImportError:
-    triton = None
+triton = None  # Triton kernels, for a GPU or Triton's interpreter, where kernels/ stands beside
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+    try:
+        from kernels.attention import HEAD_DIMS, triton
+        from kernels.attention import attention as fused_attention
+        from kernels.rmsnorm import rmsnorm as fused_rmsnorm
+        from kernels.rope import rope_qkv as fused_rope
+        from kernels.swiglu import swiglu as fused_swiglu
+    except ImportError:
+        pass
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 WEIGHT_SCALE = 0.5  # std of a matrix, times sqrt(C): 0.022 at C = 512, where GPT-2 has 0.02
@@ -154,13 +157,12 @@ def activation_bytes(
     C, M, H, G, D = (
         config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
     )  # fmt: skip
-    scales = 2 + (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
-    # x_hat of the two norms, q|k|v, q|k turned, what attention gives, gate|up
-    narrow = 2 * C + (H + 2 * G) * D + (H + G) * D + C + 2 * M + fused * M
+    scales = 2 + fused * (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
+    # x_hat of the two norms, q|k|v, what attention gives, gate|up; with kernels q, k, v apart, h
+    narrow = 2 * C + (H + 2 * G) * D + C + 2 * M + fused * ((H + 2 * G) * D + M)
     per_layer = 4 * scales + dtype.itemsize * narrow + fused * 4 * (2 * C + H)
-    scaled = (H + 2 * G) * D + 2 * M  # rows of weights with a norm's gain, plain; else autocast's
-    copied = (C + fused * M) * (dtype != torch.float32)  # rows of those that autocast copies
-    copied += scaled * (not fused or dtype != torch.float32)
+    # rows of weights that autocast copies; without kernels only of W_out
+    copied = (C + fused * ((H + 2 * G) * D + 3 * M)) * (dtype != torch.float32)
     copies = dtype.itemsize * config.n_layer * C * copied
     return tokens * (config.n_layer * per_layer + 4 * (C + 1)) + copies
 
@@ -169,8 +171,8 @@ def use_triton(implementation: str, x: Tensor) -> bool:
     """Whether the kernels do the work on x: with "auto", where Triton is there and x on a GPU."""
     if implementation == "triton" and triton is None:
         raise ImportError(
-            "implementation='triton' needs the folder kernels/ beside this file, and Triton: "
-            "pip install triton"
+            "implementation='triton' needs a GPU (or TRITON_INTERPRET=1), the folder kernels/ "
+            "beside this file, and Triton: pip install triton"
         )
     on_gpu = triton is not None and x.is_cuda and x.dtype != torch.float64
     return implementation == "triton" or (implementation == "auto" and on_gpu)
@@ -246,18 +248,18 @@ class NormedLinear(torch.autograd.Function):
         rstd = torch.rsqrt(length.square() / x.shape[-1] + eps)
         x_hat = (wide * rstd).to(product_dtype(x))  # (..., C)
         scaled = (weight * gain).to(x_hat.dtype)  # (rows, C)
-        ctx.save_for_backward(x_hat, rstd, gain, weight, scaled)
+        ctx.save_for_backward(x_hat, rstd, gain, weight)
         ctx.dtype = x.dtype
         return F.linear(x_hat, scaled)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_hat, rstd, gain, weight, scaled = ctx.saved_tensors
+        x_hat, rstd, gain, weight = ctx.saved_tensors
         d_scaled = dy.reshape(-1, len(weight)).T @ x_hat.reshape(-1, len(gain))  # (rows, C)
         d_scaled = d_scaled.to(weight.dtype)
         d_gain = (d_scaled * weight).sum(0)  # (C,)
-        slope = dy @ scaled  # (..., C)
+        slope = dy @ (weight * gain).to(dy.dtype)  # (..., C)
         mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (..., 1)
         dx = norm_gradient(slope.to(rstd.dtype), x_hat, mean, rstd)
         return dx.to(ctx.dtype), d_gain.to(gain.dtype), d_scaled.mul_(gain), None
@@ -293,90 +295,74 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class PositionedHeads(torch.autograd.Function):
-    """q, k, v of their packed projection; q, k = R_t n(q), R_t n(k), or without gains R_t q, R_t k.
+def positioned(qk: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """R_t n(x) of queries and keys, or without gain R_t x: in float32 (float64 for float64).
 
-    The gradient of a rotation is the rotation back. With x_hat = x * rstd, for queries and keys,
-        slope = dy turned back,   dL/dgain = sum over the positions of slope * x_hat,
+    Args: qk (..., T, H + G, D), a head a row; gain (H + G, D) or None; cos, sin (T, D/2).
+    """
+    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    return rope(wide if gain is None else rms_norm(wide, gain, eps, "torch"), cos, sin)
+
+
+def positioned_gradient(slope, x, gain, cos, sin, eps):
+    """dL/dx and dL/dgain (or None) of y = positioned(x, gain, ...), from slope = dL/dy.
+
+    The gradient of a rotation is the rotation back. With x_hat = x * rstd and the slope turned back
+        dL/dgain = sum over the positions of slope * x_hat,
         dL/dx_hat = slope * gain, and on by `norm_gradient`
-    Args: qkv (B, T, H + 2G, D), a head a row: queries, keys, values; gain (H + G, D) or None; cos,
-        sin (T, D/2). Returns: q (B, T, H, D), k and v (B, T, G, D). In float32, rounded once. On a
-        CPU a row of the batch at a time, so that what lies between stays in the cache.
+    Args: slope, x (T, H + G, D). In float32, as `positioned`.
     """
-
-    @staticmethod
-    def rows(qkv):
-        B = len(qkv)
-        size = 1 if qkv.device.type == "cpu" else max(1, B)
-        return [slice(first, first + size) for first in range(0, B, size)]
-
-    @staticmethod
-    def forward(ctx, qkv, gain, cos, sin, H, G, eps):
-        qk, v = qkv.split((H + G, G), dim=2)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        y = qk.new_empty(qk.shape)  # (B, T, H + G, D)
-        rstd = qk.new_empty((*qk.shape[:3], 1), dtype=wide)
-        for row in PositionedHeads.rows(qkv):
-            x = qk[row].to(wide)  # (rows, T, H + G, D)
-            if gain is not None:
-                rstd[row] = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-                x = (x * rstd[row]).mul_(gain)
-            y[row] = rope(x, cos, sin)
-        ctx.save_for_backward(cos, sin, *(() if gain is None else (qkv, gain, rstd)))
-        return *y.split((H, G), dim=2), v
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dq, dk, dv):
-        cos, sin, *normed = ctx.saved_tensors
-        wide = torch.promote_types(dq.dtype, torch.float32)
-        heads = dq.shape[2] + dk.shape[2]  # H + G
-        dx = dq.new_empty((*dq.shape[:2], heads + dv.shape[2], dq.shape[3]))
-        d_gain = torch.zeros_like(normed[1], dtype=wide) if normed else None
-        for row in PositionedHeads.rows(dq):
-            slope = rope(torch.cat((dq[row], dk[row]), dim=2).to(wide), cos, -sin)
-            if normed:
-                qkv, gain, rstd = normed
-                x_hat = qkv[row, :, :heads] * rstd[row]  # (rows, T, H + G, D)
-                product = slope * x_hat
-                d_gain += product.sum((0, 1))
-                mean = product.mul_(gain).mean(-1, keepdim=True)  # (rows, T, H + G, 1)
-                slope = norm_gradient(slope.mul_(gain), x_hat, mean, rstd[row])
-            dx[row, :, :heads] = slope
-        dx[:, :, heads:] = dv
-        d_gain = d_gain.to(normed[1].dtype) if normed else None
-        return dx, d_gain, None, None, None, None, None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    slope = rope(slope.to(wide), cos, -sin)
+    if gain is None:
+        return slope, None
+    x = x.to(wide)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # (T, H + G, 1)
+    x_hat = x * rstd
+    product = slope * x_hat
+    d_gain = product.sum(0)  # (H + G, D)
+    mean = product.mul_(gain).mean(-1, keepdim=True)
+    return norm_gradient(slope.mul_(gain), x_hat, mean, rstd), d_gain
 
 
-def by_key_head(x: Tensor, G: int) -> Tensor:
-    """x (B, T, H, D) as (B * G, T * H/G, D): at each position the heads that share a key head."""
-    B, T, H, D = x.shape
-    return x.unflatten(2, (G, H // G)).transpose(1, 2).reshape(B * G, T * H // G, D)
+class SelfAttention(torch.autograd.Function):
+    """Causal attention of `positioned` queries and keys, by blocks: training on a CPU.
 
-
-def by_position(x: Tensor, shape: torch.Size, G: int) -> Tensor:
-    """The tensor of that shape (B, T, H, D) of which by_key_head made x."""
-    B, T, H, D = shape
-    return x.view(B, G, T, H // G, D).transpose(1, 2).reshape(shape)
-
-
-class BlockAttention(torch.autograd.Function):
-    """Causal attention in plain torch that never holds all the scores: FlashAttention's idea.
-
-    Queries are taken in blocks, each against the keys up to its own end, so that the scores of a
-    block stay in the cache and most of those that the mask forbids are never computed. Backward
-    computes p = softmax(s) of s = q k^T / sqrt(D) again, and with dp = dy v^T:
+    FlashAttention's idea in plain torch: queries are taken in blocks, each against the keys up to
+    its own end, so that the scores of a block stay in the cache and most of those that the mask
+    forbids are never computed. Nothing but the packed projection is kept for backward, which
+    computes q, k and p = softmax(s) of s = q k^T / sqrt(D) again, and with dp = dy v^T:
         dv = p^T dy,   ds = p * (dp - sum of p * dp over the keys),
-        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-    Below sqrt(D) has gone into q. On a CPU this takes less time than torch's fused kernel. Under
-    bfloat16 the scores are rounded to it, as by any product, where that kernel has float32 inside.
+        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D),   and on by `positioned_gradient`
+    Under bfloat16 the scores are rounded to it, as by any product, where torch's fused kernel,
+    which takes longer, has float32 inside.
+    Args: qkv (B, T, H + 2G, D), a head a row: queries, keys, values; the others as in `positioned`.
+    Returns: (B, T, H, D).
     """
+
+    @staticmethod
+    def parts(qkv):
+        """Rows of the batch with some 2048 positions: less occupies no processor, more no cache."""
+        size = max(1, 2048 // qkv.shape[1])
+        return [slice(first, first + size) for first in range(0, len(qkv), size)]
+
+    @staticmethod
+    def heads(qkv, gain, cos, sin, G, eps):
+        """q (B G, T R, D) over sqrt(D), the R = H/G heads of a key together; k, v (B G, T, D)."""
+        (B, T, _, D), H = qkv.shape, qkv.shape[2] - 2 * G
+        q = qkv.new_empty(B, G, T, H // G, D)
+        k, v = qkv.new_empty(2, B, G, T, D)
+        for n in range(B):  # one at a time: what lies between stays in the cache
+            qk = positioned(qkv[n, :, : H + G], gain, cos, sin, eps)  # (T, H + G, D)
+            q[n] = qk[:, :H].mul_(D**-0.5).unflatten(1, (G, -1)).transpose(0, 1)
+            k[n], v[n] = qk[:, H:].transpose(0, 1), qkv[n, :, H + G :].transpose(0, 1)
+        return q.view(B * G, -1, D), k.view(B * G, T, D), v.view(B * G, T, D)
 
     @staticmethod
     def blocks(q, k):
         """Each block's rows of q, the number of keys that they see, and their weights p.
 
-        q (B G, T R, D) with its R = H/G heads side by side, k (B G, T, D); a block is n positions.
+        q, k as from `heads`; a block is n positions.
         """
         T, R = k.shape[1], q.shape[1] // k.shape[1]
         size = 256 // q.dtype.itemsize  # positions: 128 in bfloat16, 64 in float32
@@ -389,30 +375,47 @@ class BlockAttention(torch.autograd.Function):
             yield rows, last, torch.softmax(scores, -1)
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
-        shape, G, scale = q.shape, k.shape[2], q.shape[-1] ** -0.5
-        q, k, v = (by_key_head(x, G) for x in (q * scale, k, v))
-        y = torch.empty_like(q)
-        for rows, end, p in BlockAttention.blocks(q, k):
-            y[:, rows] = p @ v[:, :end]
-        return by_position(y, shape, G)
+    def forward(ctx, qkv, gain, cos, sin, G, eps):
+        ctx.save_for_backward(qkv, gain, cos, sin)
+        ctx.options = G, eps
+        (B, T, _, D), R = qkv.shape, qkv.shape[2] // G - 2
+        y = qkv.new_empty(B, T, G, R, D)
+        for part in SelfAttention.parts(qkv):
+            q, k, v = SelfAttention.heads(qkv[part], gain, cos, sin, G, eps)
+            y_part = torch.empty_like(q)
+            for rows, end, p in SelfAttention.blocks(q, k):
+                y_part[:, rows] = p @ v[:, :end]
+            y[part] = y_part.view(-1, G, T, R, D).transpose(1, 2)
+        return y.flatten(2, 3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v = ctx.saved_tensors
-        shapes, G, scale = (q.shape, k.shape, v.shape), k.shape[2], q.shape[-1] ** -0.5
-        q, k, v, dy = (by_key_head(x, G) for x in (q * scale, k, v, dy))
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, end, p in BlockAttention.blocks(q, k):
-            dv[:, :end].baddbmm_(p.mT, dy[:, rows])
-            dp = dy[:, rows] @ v[:, :end].mT
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, rows] = ds @ k[:, :end]
-            dk[:, :end].baddbmm_(ds.mT, q[:, rows])
-        gradients = zip((dq.mul_(scale), dk, dv), shapes)
-        return tuple(by_position(x, shape, G) for x, shape in gradients)
+        qkv, gain, cos, sin = ctx.saved_tensors
+        G, eps = ctx.options
+        (_, T, _, D), H = qkv.shape, qkv.shape[2] - 2 * G
+        d_qkv = torch.empty_like(qkv)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        d_gain = None if gain is None else torch.zeros_like(gain, dtype=wide)
+        for part in SelfAttention.parts(qkv):
+            q, k, v = SelfAttention.heads(qkv[part], gain, cos, sin, G, eps)
+            dy_part = dy[part].unflatten(2, (G, -1)).transpose(1, 2).reshape(q.shape)
+            dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for rows, end, p in SelfAttention.blocks(q, k):
+                dv[:, :end].baddbmm_(p.mT, dy_part[:, rows])
+                dp = dy_part[:, rows] @ v[:, :end].mT
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                dq[:, rows] = ds @ k[:, :end]
+                dk[:, :end].baddbmm_(ds.mT, q[:, rows])
+            dq = dq.mul_(D**-0.5).view(-1, G, T, H // G, D).transpose(1, 2).flatten(2, 3)
+            dk, dv = (x.view(-1, G, T, D).transpose(1, 2) for x in (dk, dv))  # (rows, T, G, D)
+            for n, row in enumerate(range(len(qkv))[part]):
+                slope, x = torch.cat((dq[n], dk[n]), dim=1), qkv[row, :, : H + G]  # (T, H + G, D)
+                slope, of_gain = positioned_gradient(slope, x, gain, cos, sin, eps)
+                d_qkv[row, :, : H + G], d_qkv[row, :, H + G :] = slope, dv[n]
+                if gain is not None:
+                    d_gain += of_gain
+        return d_qkv, d_gain if gain is None else d_gain.to(gain.dtype), None, None, None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> Tensor:
@@ -422,10 +425,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
 
     Args:
         q (B, T, H, D); k, v (B, S, G, D) with S >= T and H a multiple of G.
-        implementation: "reference" writes the maths out; "torch" is torch's fused kernel, and
-            `BlockAttention` for training on a CPU, which never hold the (T, S) scores; "triton" is
-            ours, where T = S and for a D that it takes (else "torch"); "auto" is "triton" on a
-            GPU and "torch" elsewhere.
+        implementation: "reference" writes the maths out; "torch" is torch's fused kernel, which
+            never holds the (T, S) scores; "triton" is ours, where T = S and for a D that it takes
+            (else "torch"); "auto" is "triton" on a GPU and "torch" elsewhere.
     Returns: (B, T, H, D). No second derivative but by "reference".
     """
     if implementation not in (*IMPLEMENTATIONS, "reference"):
@@ -438,9 +440,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
         raise ValueError(f"k.shape={tuple(k.shape)} must be {wanted} for q.shape={tuple(q.shape)}")
     if T == S and use_triton(implementation, q) and D in HEAD_DIMS:
         return fused_attention(q, k, v, implementation="triton")
-    training = T == S and torch.is_grad_enabled() and implementation != "reference"
-    if training and q.device.type == "cpu":
-        return BlockAttention.apply(*(x.to(product_dtype(x)) for x in (q, k, v)))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, D)
     visible = None
     if 1 < T < S or implementation == "reference":
@@ -481,23 +480,21 @@ class Attention(nn.Module):
         eps, implementation = self.config.norm_eps, self.config.implementation
         qkv = normed_linear(x, gain, self.qkv.weight, eps, implementation)
         qkv = qkv.unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
-        q, k, v = self.positioned(qkv, cos, sin)  # (B, T, H, D), (B, T, G, D), (B, T, G, D)
-        y = attention(q, k, v, self.config.implementation)  # (B, T, H, D)
-        return self.out(y.flatten(2))  # (B, T, C)
-
-    def positioned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of the packed projection, q and k normed and turned by their positions."""
-        H, G = self.config.n_head, self.config.n_kv_head
-        if use_triton(self.config.implementation, qkv):
-            gains = {}
-            if self.config.qk_norm:
-                gains = {"q_gain": self.q_norm.weight, "k_gain": self.k_norm.weight}
-            options = {"eps": self.config.norm_eps, "implementation": "triton"}
-            return fused_rope(qkv, cos.float(), sin.float(), H, G, **gains, **options)
-        gain = None
+        q_gain = k_gain = per_head = None
         if self.config.qk_norm:
-            gain = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))
-        return PositionedHeads.apply(qkv, gain, cos, sin, H, G, self.config.norm_eps)
+            q_gain, k_gain = self.q_norm.weight, self.k_norm.weight  # (D,)
+            per_head = torch.cat((q_gain.expand(H, -1), k_gain.expand(G, -1)))  # (H + G, D)
+        if use_triton(implementation, qkv):
+            options = {"q_gain": q_gain, "k_gain": k_gain, "eps": eps, "implementation": "triton"}
+            q, k, v = fused_rope(qkv, cos.float(), sin.float(), H, G, **options)
+            y = attention(q, k, v, "triton")
+        elif qkv.device.type == "cpu" and torch.is_grad_enabled():
+            y = SelfAttention.apply(qkv, per_head, cos, sin, G, eps)
+        else:
+            qk, v = qkv.split((H + G, G), dim=2)
+            q, k = positioned(qk, per_head, cos, sin, eps).to(v.dtype).split((H, G), dim=2)
+            y = attention(q, k, v, implementation)
+        return self.out(y.flatten(2))  # y (B, T, H, D), out (B, T, C)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

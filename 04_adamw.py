@@ -49,6 +49,7 @@ Run: `python 04_adamw.py` (CPU, about 5 s on 2 cores of an AMD EPYC (Zen 5)) pri
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -57,10 +58,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-try:  # the Triton form, where the folder stands beside this file
-    from kernels import adamw as kernel
-except ImportError:
-    kernel = None
+kernel = None  # the Triton form, for a GPU or Triton's interpreter, where kernels/ stands beside
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+    try:
+        from kernels import adamw as kernel
+    except ImportError:
+        pass
 
 IMPLEMENTATIONS = ("auto", "reference", "foreach", "triton")
 
@@ -173,8 +176,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"implementation={implementation!r} must be one of {wanted}")
         if implementation == "triton" and (kernel is None or kernel.triton is None):
             raise ImportError(
-                "implementation='triton' needs kernels/adamw.py beside this file, and Triton: "
-                "pip install triton"
+                "implementation='triton' needs a GPU (or TRITON_INTERPRET=1), kernels/adamw.py "
+                "beside this file, and Triton: pip install triton"
             )
         self.implementation = implementation  # not in the groups: a checkpoint must not change it
         super().__init__(

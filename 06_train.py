@@ -94,8 +94,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, bpe, corpus, stories, tinystories
@@ -331,15 +329,27 @@ def peak_memory_gb(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Makes glibc keep what is freed: the next step asks for the same again.
 
-    Pages that went back to the system would come again by a page fault each. Blocks of up to 32 MiB
-    (the most it takes) come from its heap, of which 2 GiB may lie free. In bfloat16 on 2 cores of
-    an AMD EPYC (Zen 5) a step of the 27M model took a tenth less than with this left out. Does
-    nothing without glibc. Source: mallopt(3), malloc.h.
+    Pages that went back to the system would come again by a page fault each. Of the heap, from
+    which every block now comes, 2 GiB may lie free. In bfloat16 on 2 cores of an AMD EPYC (Zen 5) a
+    step of the 27M model took a tenth less than with this left out. Does nothing without glibc.
+    Source: mallopt(3), malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger ones are mapped, and unmapped when freed
+        mallopt(-4, 0)  # M_MMAP_MAX: blocks that are mapped by themselves, and unmapped when freed
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what may lie free at the heap's end
+
+
+def leave_out_dynamo() -> None:
+    """Keeps torch's optimisers from importing torch._dynamo, of use only to a compiled program.
+
+    They do so at their first call, to be marked as not for it, and that takes 0.8 s and 150 MB. The
+    attribute that is set here says that a method has been marked. (torch 2.13; another may ignore
+    it.)
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        vars(method).setdefault("__dynamo_disable", method)
 
 
 def make_deterministic() -> None:
@@ -364,6 +374,7 @@ class Team:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0  # the one that writes files and the log
+        self.sharded = False  # whether FSDP has left it a part of the model
 
     def __enter__(self) -> Team:
         if self.size > 1:
@@ -406,6 +417,9 @@ class Team:
 
     def shard(self, objective: Objective) -> None:
         """Leaves each process its part of every weight, along the first axis: a DTensor."""
+        from torch.distributed.fsdp import fully_shard  # half a second and 40 MB: only if needed
+
+        self.sharded = True
         mesh = distributed.init_device_mesh(self.device.type, (self.size,))
         for block in objective.model.blocks:
             fully_shard(block, mesh=mesh)
@@ -413,12 +427,12 @@ class Team:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, whose backward pass then leaves the mean of all processes' gradients."""
-        alone = self.size == 1 or isinstance(module, FSDPModule)  # which sees to it by itself
+        alone = self.size == 1 or self.sharded  # FSDP sees to it by itself
         return module if alone else DistributedDataParallel(module, broadcast_buffers=False)
 
     def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
         """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
-        if now or self.size == 1 or isinstance(module, FSDPModule):  # which adds up its part alone
+        if now or self.size == 1 or self.sharded:  # FSDP adds up its part alone
             return contextlib.nullcontext()
         return module.no_sync()
 
@@ -436,12 +450,14 @@ def whole(state):
         return {name: whole(part) for name, part in state.items()}
     if isinstance(state, list):
         return [whole(part) for part in state]
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+    return state.full_tensor().cpu() if hasattr(state, "full_tensor") else state  # of a DTensor
 
 
 def parted(value, like: Tensor):
     """A whole tensor in parts, as another of its shape is; what has another shape as it is."""
-    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
+    if hasattr(like, "full_tensor") and isinstance(value, Tensor) and value.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
 
@@ -837,6 +853,8 @@ def build(config: Config, vocabulary: bpe.Vocabulary) -> gpt.GPT:
 
 def make_optimizers(config: Config, model: gpt.GPT) -> list[torch.optim.Optimizer]:
     """AdamW for all weights; or Muon for the hidden matrices, and AdamW for the others."""
+    if not config.compile:
+        leave_out_dynamo()
     named, optimizers = list(model.named_parameters()), []
     if config.optimizer == "muon":
         hidden, named = muon.split_parameters(named)
@@ -880,7 +898,9 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of the losses of all targets: x, y (B, T) int64 -> () float32."""
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        enabled = self.dtype != torch.float32
+        # a cache would hold each weight's copy to the end, and each is taken once
+        with torch.autocast(x.device.type, self.dtype, enabled=enabled, cache_enabled=False):
             h = self.model.hidden(x)  # (B, T, C)
             weight = self.model.embedding.weight  # (V, C)
             options = {"reduction": "sum", "implementation": self.implementation}
@@ -1249,7 +1269,7 @@ def memory_parts(
 
     The height is where backward enters the last layer: all activations are there, and of the
     gradients those that the loss has made. The others come as the activations go. On a CPU the
-    program comes on top: torch has 0.4 GB.
+    program comes on top: torch has 0.25 GB.
     """
     shape, parameters = model.config, gpt.parameter_count(model.config)
     tokens = config.batch_size // config.accumulate * config.seq_len
@@ -1268,7 +1288,7 @@ def memory_parts(
         "backward of an MLP": dtype.itemsize * 5 * tokens * shape.d_mlp,  # five side by side
     }
     if device_type == "cpu":  # where glibc keeps freed blocks, the gradients' too: measured with
-        # 4 and 16 rows of the 27M model, and too much where single tensors have more than 32 MiB
+        # 4 to 16 rows of the 27M model (of 32 it is 0.2 GB more)
         passing = sum(parts.values()) - parts["weights"] - parts["moments"]
         parts["freed, but kept"] = passing // 4 + 4 * parameters
     return parts
@@ -1279,6 +1299,8 @@ def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
     On random tokens: a micro-batch of them on a GPU, on a CPU as many as take seconds.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     model = gpt.GPT(shape_of(config, config.vocab_size)).to(device)
     objective = Objective(model, dtype, config.implementation)
     optimizers = make_optimizers(config, model)
@@ -1286,7 +1308,6 @@ def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[flo
         objective.compile()
     rows = config.batch_size // config.accumulate
     if device.type == "cpu":
-        keep_freed_memory()
         rows = min(rows, max(1, TRIAL_TOKENS // config.seq_len))
     ids = torch.randint(config.vocab_size, (rows, config.seq_len + 1), device=device)
 

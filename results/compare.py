@@ -157,9 +157,10 @@ def our_side(shape: Shape, setting: Setting, own_defaults: bool) -> Side:
     if not own_defaults:
         config = replace(config, optimizer="adamw")
 
+    objective = train.Objective(model, getattr(torch, setting.dtype), "auto")
+
     def loss(x, y):
-        with setting.autocast():
-            return losses.linear_cross_entropy(model.hidden(x), model.embedding.weight, y)
+        return objective(x, y) / (y != batches.IGNORE).sum()
 
     def multiplier(step, total):
         warmup = round(total * train.Config.warmup_steps / train.Config.max_steps)

@@ -413,6 +413,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 PARTS = """
 import importlib, math, sys
 import torch
+from torch.distributed.fsdp import FSDPModule
 sys.path.insert(0, {root!r})
 train = importlib.import_module("06_train")
 device = torch.device("cpu")
@@ -421,7 +422,7 @@ vocabulary = train.bpe.train(["abc abd abe"] * 9, 260)
 with train.Team(device) as team:
     run = train.Run(config, vocabulary, device, torch.float32, team)
     # each gathers its own weights only, when it is computed
-    assert all(isinstance(block, train.FSDPModule) for block in run.model.blocks)
+    assert all(isinstance(block, FSDPModule) for block in run.model.blocks)
     x = torch.arange(8).reshape(2, 4)
     run.backward(x, x, 16)
     for optimizer in run.optimizers:
@@ -546,7 +547,7 @@ def test_plan_knows_what_autograd_saves(name, dtype):
 
 
 MEASURE = """
-import importlib, re, sys, torch, torch._dynamo  # which the first update would import
+import importlib, re, sys, torch
 sys.path[:0] = [{root!r}]
 train = importlib.import_module("06_train")
 torch.set_num_threads(1)
@@ -575,6 +576,28 @@ def test_plan_knows_the_memory_of_a_step():
     assert done.returncode == 0, done.stderr
     measured, planned = map(int, done.stdout.split())
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+LOADED = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import faults
+faults.make_small()
+assert faults.train.main({flags!r}) == 0
+print(*({{"triton", "sympy", "torch._dynamo", "torch.distributed.fsdp"}} & {{*sys.modules}}))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are loaded")
+def test_training_on_a_cpu_loads_nothing_for_gpus_or_compilers(cache, tmp_path):
+    """150 MB and a second at each start."""
+    script = LOADED.format(root=str(ROOT), flags=flags(cache, tmp_path / "run"))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
