@@ -370,8 +370,8 @@ class SelfAttention(torch.autograd.Function):
             last = min(first + size, T)
             rows = slice(first * R, last * R)
             scores = q[:, rows] @ k[:, :last].mT  # (B G, n R, last), n = last - first
-            future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
-            scores[..., first:].masked_fill_(future.repeat_interleave(R, 0), -math.inf)
+            future = torch.full((last - first,) * 2, -math.inf, dtype=q.dtype).triu_(1)
+            scores[..., first:] += future.repeat_interleave(R, 0)
             yield rows, last, torch.softmax(scores, -1)
 
     @staticmethod
@@ -514,7 +514,8 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, weight):
         ctx.save_for_backward(gate_up, weight)
-        return F.linear(swiglu(gate_up), weight)  # (..., C)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), weight)  # (..., C)
 
     @staticmethod
     @once_differentiable
