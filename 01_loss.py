@@ -72,7 +72,7 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 # Most logits that a chunk of `linear_cross_entropy` holds unless told otherwise: on a CPU 8 MiB of
 # float32, 512 tokens at V = 4096: on 2 cores of an AMD EPYC (Zen 5) half of it takes 6% longer and
-# twice 1 to 2% less; on other devices 512 MiB, because a GPU needs large matrix products to be busy.
+# twice 1 to 2% less; elsewhere 512 MiB, because a GPU needs large matrix products to be busy.
 CHUNK_LOGITS_CPU = 2**21
 CHUNK_LOGITS = 2**27
 

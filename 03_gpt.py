@@ -232,6 +232,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def pieces(x: Tensor, numbers: int) -> list[slice]:
+    """Slices of x's first axis, for what should lie in a CPU's cache from operation to operation.
+
+    On a CPU of so many numbers or fewer, but of one row at least; elsewhere of all rows.
+    """
+    rows = len(x)
+    if x.device.type == "cpu":
+        rows = numbers * rows // max(1, x.numel())
+    return [slice(first, first + max(1, rows)) for first in range(0, len(x), max(1, rows))]
+
+
 class NormedLinear(torch.autograd.Function):
     """rms_norm(x, gain) @ weight.T as x_hat @ scaled.T, x_hat = x * rstd in the product's type.
 
@@ -243,26 +254,31 @@ class NormedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gain, weight, eps):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
-        rstd = torch.rsqrt(length.square() / x.shape[-1] + eps)
-        x_hat = (wide * rstd).to(product_dtype(x))  # (..., C)
-        scaled = (weight * gain).to(x_hat.dtype)  # (rows, C)
+        C, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        flat = x.reshape(-1, C)  # (N, C)
+        x_hat = torch.empty_like(flat, dtype=product_dtype(x))
+        rstd = flat.new_empty((len(flat), 1), dtype=wide)
+        for part in pieces(flat, 2**18):
+            length = torch.linalg.vector_norm(flat[part], dim=-1, keepdim=True, dtype=wide)
+            rstd[part] = torch.rsqrt(length.square() / C + eps)
+            x_hat[part] = flat[part] * rstd[part]
         ctx.save_for_backward(x_hat, rstd, gain, weight)
         ctx.dtype = x.dtype
-        return F.linear(x_hat, scaled)
+        scaled = (weight * gain).to(x_hat.dtype)  # (rows, C)
+        return F.linear(x_hat, scaled).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x_hat, rstd, gain, weight = ctx.saved_tensors
-        d_scaled = dy.reshape(-1, len(weight)).T @ x_hat.reshape(-1, len(gain))  # (rows, C)
-        d_scaled = d_scaled.to(weight.dtype)
+        shape, dy = dy.shape, dy.reshape(-1, len(weight))  # (N, rows)
+        d_scaled = (dy.T @ x_hat).to(weight.dtype)  # (rows, C)
         d_gain = (d_scaled * weight).sum(0)  # (C,)
-        slope = dy @ (weight * gain).to(dy.dtype)  # (..., C)
-        mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (..., 1)
+        slope = dy @ (weight * gain).to(dy.dtype)  # (N, C)
+        mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (N, 1)
         dx = norm_gradient(slope.to(rstd.dtype), x_hat, mean, rstd)
-        return dx.to(ctx.dtype), d_gain.to(gain.dtype), d_scaled.mul_(gain), None
+        dx = dx.to(ctx.dtype).view(*shape[:-1], -1)  # (..., C)
+        return dx, d_gain.to(gain.dtype), d_scaled.mul_(gain), None
 
 
 def normed_linear(
@@ -341,12 +357,6 @@ class SelfAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def parts(qkv):
-        """Rows of the batch with some 2048 positions: less occupies no processor, more no cache."""
-        size = max(1, 2048 // qkv.shape[1])
-        return [slice(first, first + size) for first in range(0, len(qkv), size)]
-
-    @staticmethod
     def heads(qkv, gain, cos, sin, G, eps):
         """q (B G, T R, D) over sqrt(D), the R = H/G heads of a key together; k, v (B G, T, D)."""
         (B, T, _, D), H = qkv.shape, qkv.shape[2] - 2 * G
@@ -380,7 +390,7 @@ class SelfAttention(torch.autograd.Function):
         ctx.options = G, eps
         (B, T, _, D), R = qkv.shape, qkv.shape[2] // G - 2
         y = qkv.new_empty(B, T, G, R, D)
-        for part in SelfAttention.parts(qkv):
+        for part in pieces(qkv, 2**21):
             q, k, v = SelfAttention.heads(qkv[part], gain, cos, sin, G, eps)
             y_part = torch.empty_like(q)
             for rows, end, p in SelfAttention.blocks(q, k):
@@ -397,7 +407,7 @@ class SelfAttention(torch.autograd.Function):
         d_qkv = torch.empty_like(qkv)
         wide = torch.promote_types(qkv.dtype, torch.float32)
         d_gain = None if gain is None else torch.zeros_like(gain, dtype=wide)
-        for part in SelfAttention.parts(qkv):
+        for part in pieces(qkv, 2**21):
             q, k, v = SelfAttention.heads(qkv[part], gain, cos, sin, G, eps)
             dy_part = dy[part].unflatten(2, (G, -1)).transpose(1, 2).reshape(q.shape)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -526,14 +536,12 @@ class GatedProduct(torch.autograd.Function):
         gradient = torch.empty_like(gate_up)
         d_gate, d_up = gradient.chunk(2, dim=-1)  # (rows, M) each
         h = torch.empty_like(gate_up[:, : weight.shape[1]])  # (rows, M)
-        size = max(1, 2**19 // weight.shape[1] if dy.device.type == "cpu" else len(dy))
-        for first in range(0, len(dy), size):
-            block = slice(first, first + size)
-            gate, up = gate_up[block].chunk(2, dim=-1)
-            silu, dh = F.silu(gate), dy[block] @ narrow
-            h[block] = silu * up
-            d_up[block] = silu.mul_(dh)
-            d_gate[block] = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+        for part in pieces(gate_up, 2**20):
+            gate, up = gate_up[part].chunk(2, dim=-1)
+            silu, dh = F.silu(gate), dy[part] @ narrow
+            h[part] = silu * up
+            d_up[part] = silu.mul_(dh)
+            d_gate[part] = torch.ops.aten.silu_backward(dh.mul_(up), gate)
         return gradient.view(shape), (dy.T @ h).to(weight.dtype)  # (..., 2M), (C, M)
 
 

@@ -199,7 +199,8 @@ def test_normed_linear_matches_torch(kind, shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (2, 3, 6)])
-def test_normed_linear_gradient_matches_its_finite_differences(shape):
+def test_normed_linear_gradient_matches_its_finite_differences(shape, monkeypatch):
+    monkeypatch.setattr(gpt, "pieces", two_by_two)
     x, gain, weight = randn64(*shape), randn64(shape[-1]), randn64(3, shape[-1])
     flipped = x.detach().mT.clone().mT.requires_grad_()
     for layout in (x, flipped):
@@ -209,7 +210,8 @@ def test_normed_linear_gradient_matches_its_finite_differences(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 6), (2, 3, 10)])
-def test_gated_product_gradient_matches_its_finite_differences(shape):
+def test_gated_product_gradient_matches_its_finite_differences(shape, monkeypatch):
+    monkeypatch.setattr(gpt, "pieces", two_by_two)
     gate_up, weight = randn64(*shape), randn64(3, shape[-1] // 2)
     assert torch.autograd.gradcheck(gpt.GatedProduct.apply, (gate_up, weight))
     flipped = gate_up.detach().mT.clone().mT.requires_grad_()
@@ -251,18 +253,23 @@ def test_heads_of_bfloat16_are_positioned_in_float32():
 def test_self_attention_gradient_matches_its_finite_differences(B, T, monkeypatch):
     qkv, gain = randn64(B, T, 4, 2), randn64(3, 2)
     assert (T > 3) == (T > block_size(torch.float64))
-    parts = [slice(0, 2), slice(2, B)] if B > 2 else [slice(0, B)]
-    monkeypatch.setattr(gpt.SelfAttention, "parts", lambda qkv: parts)
+    monkeypatch.setattr(gpt, "pieces", two_by_two)
     assert torch.autograd.gradcheck(self_attention, (qkv, gain))
     assert torch.autograd.gradcheck(lambda qkv: self_attention(qkv, None), (qkv,))
 
 
-def test_the_parts_of_a_batch_are_all_of_it():
-    for B, T in ((1, 1), (1, 5000), (3, 1000), (4, 512), (9, 512), (0, 7)):
-        qkv = torch.arange(B * T).view(B, T, 1, 1)
-        parts = [qkv[part] for part in gpt.SelfAttention.parts(qkv)]
-        assert all(1 <= len(part) and part.numel() <= max(2048, T) for part in parts)
-        assert torch.equal(torch.cat([qkv[:0], *parts]), qkv)
+def two_by_two(x, numbers):
+    return [slice(first, first + 2) for first in range(0, len(x), 2)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 99), (3, 40), (5, 10), (10, 5), (4, 5, 6), (0, 7)])
+def test_pieces_are_all_of_it_and_small(shape):
+    x = torch.randn(shape)
+    found = [x[part] for part in gpt.pieces(x, 50)]
+    assert torch.equal(torch.cat([x[:0], *found]), x)
+    assert all(0 < len(part) and part.numel() <= max(50, x[0].numel()) for part in found)
+    on_gpu = gpt.pieces(torch.empty(shape, device="meta"), 50)
+    assert len(on_gpu) == (shape[0] > 0)
 
 
 def test_self_attention_of_bfloat16_rounds_what_is_between_once():
