@@ -361,6 +361,11 @@ def make_deterministic() -> None:
 # Several processes, started by torchrun, each with its share of every batch
 
 
+def team_size() -> int:
+    """Processes in all, as torchrun says, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Team:
     """The processes that train one model together: this one alone, or those of torchrun.
 
@@ -372,7 +377,7 @@ class Team:
     def __init__(self, device: torch.device):
         self.device = device
         self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.size = team_size()
         self.first = self.rank == 0  # the one that writes files and the log
         self.sharded = False  # whether FSDP has left it a part of the model
 
@@ -1269,18 +1274,24 @@ def memory_parts(
 
     The height is where backward enters the last layer: all activations are there, and of the
     gradients those that the loss has made. The others come as the activations go. On a CPU the
-    program comes on top: torch has 0.25 GB.
+    program comes on top: torch has 0.25 GB. Each of several processes has its share of the rows,
+    and with --shard of weights and moments, beside the layer that it gathers and the next.
     """
-    shape, parameters = model.config, gpt.parameter_count(model.config)
-    tokens = config.batch_size // config.accumulate * config.seq_len
+    shape, parameters, processes = model.config, gpt.parameter_count(model.config), team_size()
+    tokens = config.batch_size // config.accumulate // processes * config.seq_len
     moments = 2 * parameters
     if config.optimizer == "muon":  # keeps one where AdamW keeps two
         hidden, _ = muon.split_parameters(model.named_parameters())
         moments -= sum(p.numel() for _, p in hidden)
+    gathered = 0
+    if config.shard:
+        layer = sum(p.numel() for p in model.blocks[0].parameters())
+        gathered = 2 * layer + shape.vocab_size * shape.d_model
+        moments, parameters = moments // processes, parameters // processes
     chunk = losses.CHUNK_LOGITS_CPU if device_type == "cpu" else losses.CHUNK_LOGITS
     logits = min(tokens * shape.vocab_size, chunk)
     parts = {
-        "weights": 4 * parameters,
+        "weights": 4 * (parameters + gathered),
         "moments": 4 * moments,
         "activations": gpt.activation_bytes(shape, tokens, dtype, fused=device_type == "cuda"),
         "logits": logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize),
@@ -1331,7 +1342,10 @@ def trial(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
 
 def plan(config: Config) -> None:
-    """Prints what the run would take: nothing is downloaded, and no run is begun."""
+    """Prints what the run would take: nothing is downloaded, and no run is begun.
+
+    Of several processes, as torchrun or WORLD_SIZE say, without what they send each other.
+    """
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
     with torch.device("meta"):  # shapes without numbers
@@ -1345,7 +1359,11 @@ def plan(config: Config) -> None:
         f"{tokens:,} positions at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
-    print(f"memory   here, with {dtype}, accumulate {config.accumulate}, rows full")
+    processes = team_size()
+    of_each, several, each = "", "", ""
+    if processes > 1:
+        of_each, several, each = f" of each of {processes} processes", f"{processes} ", " each"
+    print(f"memory   here{of_each}, with {dtype}, accumulate {config.accumulate}, rows full")
     parts = memory_parts(config, model, device.type, dtype)  # bytes
     total = sum(parts.values()) / 1e9
     for name, size in parts.items():
@@ -1354,18 +1372,20 @@ def plan(config: Config) -> None:
 
     on_card = sum(memory_parts(config, model, "cuda", torch.bfloat16).values()) / 1e9
     print(
-        f"cards    at {MFU:.0%} of their bfloat16 peak, with {on_card:.1f} GB; "
+        f"cards    {several}at {MFU:.0%} of their bfloat16 peak, with {on_card:.1f} GB{each}; "
         "--dollars-per-hour for your own price"
     )
     for name, (peak, memory, price) in CARDS.items():
         price = price if config.dollars_per_hour is None else config.dollars_per_hour
-        hours = tokens * per_token / (peak * 1e12 * MFU) / 3600
+        hours = tokens * per_token / (peak * 1e12 * MFU) / 3600 / processes
         print(
             f"         {name:9s} {hours:8.2f} h"
-            + (f" {hours * price:8.2f} dollars at {price:.2f}/h" if price else "")
+            + (f" {hours * price * processes:8.2f} dollars at {price:.2f}/h" if price else "")
             + ("" if on_card < 0.9 * memory else f"; too large for its {memory} GB: --accumulate")
         )
 
+    if processes > 1:
+        return  # one process cannot time a step of several
     token, update = trial(config, device, dtype)
     seconds = tokens * token + evaluated * token / 3 + config.max_steps * update
     print(
@@ -1490,7 +1510,8 @@ def main(argv: list[str]) -> int:
             export(config)
             return 0
         if config.plan:
-            plan(config)
+            with quiet_unless_first():
+                plan(config)
             return 0
         has = "a GPU" if torch.cuda.is_available() else "no GPU"
         with quiet_unless_first():
@@ -1501,7 +1522,8 @@ def main(argv: list[str]) -> int:
         print(f"06_train.py: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"stopped  {stopped}")
+        with quiet_unless_first():
+            print(f"stopped  {stopped}")
         return 130
     except torch.OutOfMemoryError:
         print(
@@ -1523,7 +1545,8 @@ def main(argv: list[str]) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("stopped  at once; what the run has saved is there for --resume")
+        with quiet_unless_first():
+            print("stopped  at once; what the run has saved is there for --resume")
         return 130
 
 

@@ -376,8 +376,8 @@ def torchrun(tmp_path, cache, out, *more) -> subprocess.Popen:
     return subprocess.Popen([*launch, str(script), *flags(cache, out, *more)])
 
 
-def pair(broken, out, *more) -> str:
-    """The same two processes without the command, which takes ten seconds; what they print."""
+def start_pair(broken, out, *more):
+    """The same two processes without the command, which takes ten seconds; where they print."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free now
     processes, printed = [], []
@@ -386,9 +386,16 @@ def pair(broken, out, *more) -> str:
         environ["MASTER_PORT"] = str(port)
         processes.append(broken.start(out, *more, name=out.name + rank, environ=environ))
         printed.append(broken.errors.with_suffix(".out"))
+    return processes, printed
+
+
+def pair(broken, out, *more, wanted=0, meanwhile=lambda processes: None) -> str:
+    """What two processes print until they have ended."""
+    processes, printed = start_pair(broken, out, *more)
+    meanwhile(processes)
     for process in processes:
         process.join(200)
-        assert process.exitcode == 0
+        assert process.exitcode == wanted
     return "".join(path.read_text() for path in printed)
 
 
@@ -434,6 +441,10 @@ with train.Team(device) as team:
     parts = sum(t.to_local().numel() for t in tensors)
     every = sum(t.numel() for t in tensors)
     assert every > 3 * total and abs(parts / every - 0.5) < 0.01, (parts, every)
+    held = sum(t.to_local().nbytes for o in run.optimizers for of in o.state.values()
+               for t in of.values() if isinstance(t, torch.Tensor) and t.ndim)
+    planned = train.memory_parts(config, run.model, "cpu", torch.float32)["moments"]
+    assert abs(planned / held - 1) < 0.01, (planned, held)
     named = list(run.model.named_parameters())
     if not team.first:
         named[0][1].grad.to_local()[-1, -1] = math.nan
@@ -466,13 +477,30 @@ def test_two_processes_train_like_one(reference, shared):
     assert printed.count("machine  ") == 1 and printed.count("val_nats: ") == 1  # by one of them
 
 
+def wait_for_step_12(out):
+    deadline, metrics = time.time() + 200, out / "metrics.jsonl"
+    while not metrics.exists() or '"step": 12' not in metrics.read_text():
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(shared, broken):
+    out, (whole, _, more) = broken.new(), shared
+
+    def terminate_second(processes):
+        wait_for_step_12(out)
+        os.kill(processes[1].pid, signal.SIGTERM)
+
+    printed = pair(broken, out, *more, wanted=130, meanwhile=terminate_second)
+    assert printed.count("stopped  ") == 1 and 12 < train.load_checkpoint(out)["step"] < 40
+    pair(broken, out, "--resume", *more)
+    assert_same(out, numbers_of(whole))
+
+
 def test_a_killed_process_ends_all_and_the_run_goes_on(shared, broken, tmp_path):
     out, (whole, _, more) = broken.new(), shared
     process = torchrun(tmp_path, broken.cache, out, *more)
-    deadline, metrics = time.time() + 200, out / "metrics.jsonl"
-    while not metrics.exists() or '"step": 12' not in metrics.read_text():
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_for_step_12(out)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=100) != 0
     assert 0 < train.load_checkpoint(out)["step"] < 40
@@ -614,6 +642,31 @@ def test_plan_says_what_a_card_costs_and_begins_nothing(capsys, tmp_path):
     assert float(h100[1]) == pytest.approx(hours, abs=0.005)
     assert re.search(r"here +CPU with . threads: 5 steps", stdout)
     assert not out.exists() and not (tmp_path / "cache").exists()
+
+
+def test_plan_for_several_processes_divides_rows_and_with_shard_the_model(monkeypatch, capsys):
+    alone = train.Config(model="27m", vocab_size=4096, seq_len=512, batch_size=32)
+    apart = train.replace(alone, shard=True)
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.PRESETS["27m"])
+    whole = train.memory_parts(alone, model, "cuda", torch.bfloat16)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = train.memory_parts(alone, model, "cuda", torch.bfloat16)
+    parts = train.memory_parts(apart, model, "cuda", torch.bfloat16)
+    assert shared["backward of an MLP"] * 4 == whole["backward of an MLP"]
+    assert (shared["weights"], shared["moments"]) == (whole["weights"], whole["moments"])
+    assert parts["moments"] * 4 == whole["moments"]
+    layer = sum(p.numel() for p in model.blocks[0].parameters())
+    table = model.embedding.weight.numel()
+    assert parts["weights"] * 4 == whole["weights"] + 4 * 4 * (2 * layer + table)
+    for size, hours in (("1", 1.0), ("4", 0.25)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setattr(train, "trial", lambda *of: (0.0, 0.0))
+        flags = ["--preset", "tinystories", "--no-compile", "--model", "27m", "--max-steps", "7630"]
+        assert train.main([*flags, "--device", "cpu", "--plan"]) == 0
+        row = re.search(r"L4 +(\S+) h +(\S+) dollars", capsys.readouterr().out)
+        assert float(row[1]) == pytest.approx(1.08 * hours, abs=0.006)  # 1.89e17 / 48.4e12 s
+        assert float(row[2]) == pytest.approx(0.76, abs=0.006)
 
 
 # figures
