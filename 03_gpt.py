@@ -158,8 +158,10 @@ def activation_bytes(
         config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
     )  # fmt: skip
     scales = 2 + fused * (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
-    # x_hat of the two norms, q|k|v, what attention gives, gate|up; with kernels q, k, v apart, h
-    narrow = 2 * C + (H + 2 * G) * D + C + 2 * M + fused * ((H + 2 * G) * D + M)
+    # x_hat of the two norms, what attention gives, gate|up, q|k|v; with kernels silu(gate) * up,
+    # and q, k, v apart, beside the projection only for QK-norm's backward
+    narrow = 3 * C + 2 * M + fused * M
+    narrow += (H + 2 * G) * D * (1 + (fused and config.qk_norm))
     per_layer = 4 * scales + dtype.itemsize * narrow + fused * 4 * (2 * C + H)
     # rows of weights that autocast copies; without kernels only of W_out
     copied = (C + fused * ((H + 2 * G) * D + 3 * M)) * (dtype != torch.float32)

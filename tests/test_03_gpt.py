@@ -383,15 +383,24 @@ def bytes_kept(model, ids):
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
 
 
+IN_INTERPRETER = pytest.param(
+    True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_backward_keeps_what_the_formula_says(qk_norm, dtype):
-    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
-    model, ids = scrambled(config), random_ids(config, 8, 40)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+@pytest.mark.parametrize("fused", [False, IN_INTERPRETER])
+def test_backward_keeps_what_the_formula_says(fused, qk_norm, dtype):
+    implementation = "triton" if fused else "torch"
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm, implementation=implementation)
+    model, ids = scrambled(config), random_ids(config, 4, 40)
+    on = dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False):
         measured = bytes_kept(model, ids)
     # beside the formula: ids, and once for all rows the gains of QK-norm and a rounded table
-    assert measured == pytest.approx(gpt.activation_bytes(config, ids.numel(), dtype), rel=0.01)
+    known = gpt.activation_bytes(config, ids.numel(), dtype, fused)
+    assert measured == pytest.approx(known, rel=0.01)
 
 
 def attention_by_loops(q, k, v):
