@@ -63,8 +63,8 @@ triton = None  # Triton kernels, for a GPU or Triton's interpreter, where kernel
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
         from kernels.cross_entropy import cross_entropy as fused_cross_entropy
-        from kernels.cross_entropy import triton
         from kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
+        from kernels.linear_cross_entropy import triton
     except ImportError:
         pass
 

@@ -64,11 +64,12 @@ from torch.autograd.function import once_differentiable
 triton = None  # Triton kernels, for a GPU or Triton's interpreter, where kernels/ stands beside
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
-        from kernels.attention import HEAD_DIMS, triton
+        from kernels.attention import HEAD_DIMS
         from kernels.attention import attention as fused_attention
         from kernels.rmsnorm import rmsnorm as fused_rmsnorm
         from kernels.rope import rope_qkv as fused_rope
         from kernels.swiglu import swiglu as fused_swiglu
+        from kernels.swiglu import triton
     except ImportError:
         pass
 
@@ -135,8 +136,8 @@ def flops_per_token(config: GPTConfig) -> int:
     """Floating-point operations of forward and backward, per trained token at full context.
 
     6 per weight that takes part in a matrix product (2 forward, 4 backward; the tied table counts
-    as the head) and 12 * n_layer * seq_len * d_model for attention scores and mixing, counted
-    without the causal half as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    as the head) and 12 * n_layer * seq_len * d_model for attention scores and mixing, counted in
+    full as if nothing were masked, like PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     c, kv_width = config.d_model, config.n_kv_head * config.head_dim
     per_layer = c * (c + 2 * kv_width) + c * c + 3 * c * config.d_mlp
@@ -208,7 +209,8 @@ class Normalise(torch.autograd.Function):
         product = dy * x_hat
         d_gain = product.reshape(-1, *gain.shape).sum(0)
         mean = product.mul_(gain).mean(-1, keepdim=True)  # (..., 1)
-        return norm_gradient(dy * gain, x_hat, mean, rstd).to(x.dtype), d_gain.to(gain.dtype), None
+        slope = dy.to(rstd.dtype) * gain
+        return norm_gradient(slope, x_hat, mean, rstd).to(x.dtype), d_gain.to(gain.dtype), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, implementation: str = "auto") -> Tensor:
@@ -237,7 +239,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def pieces(x: Tensor, numbers: int) -> list[slice]:
     """Slices of x's first axis, for what should lie in a CPU's cache from operation to operation.
 
-    On a CPU of so many numbers or fewer, but of one row at least; elsewhere of all rows.
+    On a CPU each has at most so many numbers, but at least one row; elsewhere there is one slice.
     """
     rows = len(x)
     if x.device.type == "cpu":
@@ -248,9 +250,9 @@ def pieces(x: Tensor, numbers: int) -> list[slice]:
 class NormedLinear(torch.autograd.Function):
     """rms_norm(x, gain) @ weight.T as x_hat @ scaled.T, x_hat = x * rstd in the product's type.
 
-    The gain goes into the weight, scaled = weight * gain, which in a large batch has fewer rows. So
+    The gain goes into the weight, scaled = weight * gain, whose O rows are fewer than a batch's. So
         dL/dscaled = dy^T x_hat,   dL/dweight = dL/dscaled * gain,
-        dL/dgain = sum over the rows of dL/dscaled * weight,
+        dL/dgain = sum over the O rows of dL/dscaled * weight,
         dL/dx_hat = dy @ scaled, and on by `norm_gradient`
     """
 
@@ -266,15 +268,15 @@ class NormedLinear(torch.autograd.Function):
             x_hat[part] = flat[part] * rstd[part]
         ctx.save_for_backward(x_hat, rstd, gain, weight)
         ctx.dtype = x.dtype
-        scaled = (weight * gain).to(x_hat.dtype)  # (rows, C)
+        scaled = (weight * gain).to(x_hat.dtype)  # (O, C)
         return F.linear(x_hat, scaled).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x_hat, rstd, gain, weight = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, len(weight))  # (N, rows)
-        d_scaled = (dy.T @ x_hat).to(weight.dtype)  # (rows, C)
+        shape, dy = dy.shape, dy.reshape(-1, len(weight))  # (N, O)
+        d_scaled = (dy.T @ x_hat).to(weight.dtype)  # (O, C)
         d_gain = (d_scaled * weight).sum(0)  # (C,)
         slope = dy @ (weight * gain).to(dy.dtype)  # (N, C)
         mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (N, 1)
@@ -286,7 +288,7 @@ class NormedLinear(torch.autograd.Function):
 def normed_linear(
     x: Tensor, gain: Tensor, weight: Tensor, eps: float, implementation: str = "auto"
 ) -> Tensor:
-    """rms_norm(x, gain) @ weight.T, (..., rows): x (..., C), gain (C,), weight (rows, C).
+    """rms_norm(x, gain) @ weight.T, (..., O): x (..., C), gain (C,), weight (O, C).
 
     No second derivative.
     """
@@ -352,8 +354,8 @@ class SelfAttention(torch.autograd.Function):
     computes q, k and p = softmax(s) of s = q k^T / sqrt(D) again, and with dp = dy v^T:
         dv = p^T dy,   ds = p * (dp - sum of p * dp over the keys),
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D),   and on by `positioned_gradient`
-    Under bfloat16 the scores are rounded to it, as by any product, where torch's fused kernel,
-    which takes longer, has float32 inside.
+    Under bfloat16 s, p and the sums of dk and dv over the blocks are rounded to it, where torch's
+    fused kernel, which takes longer, has float32 inside: the longer T, the more it matters.
     Args: qkv (B, T, H + 2G, D), a head a row: queries, keys, values; the others as in `positioned`.
     Returns: (B, T, H, D).
     """
@@ -496,13 +498,13 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q_gain, k_gain = self.q_norm.weight, self.k_norm.weight  # (D,)
             per_head = torch.cat((q_gain.expand(H, -1), k_gain.expand(G, -1)))  # (H + G, D)
-        if use_triton(implementation, qkv):
+        if use_triton(implementation, qkv):  # on a GPU
             options = {"q_gain": q_gain, "k_gain": k_gain, "eps": eps, "implementation": "triton"}
             q, k, v = fused_rope(qkv, cos.float(), sin.float(), H, G, **options)
             y = attention(q, k, v, "triton")
-        elif qkv.device.type == "cpu" and torch.is_grad_enabled():
+        elif qkv.device.type == "cpu" and torch.is_grad_enabled():  # training on a CPU
             y = SelfAttention.apply(qkv, per_head, cos, sin, G, eps)
-        else:
+        else:  # evaluation on a CPU, or a GPU without the kernels
             qk, v = qkv.split((H + G, G), dim=2)
             q, k = positioned(qk, per_head, cos, sin, eps).to(v.dtype).split((H, G), dim=2)
             y = attention(q, k, v, implementation)
@@ -689,7 +691,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits (B, V) of the token behind ids (B, T) int64, which continue what has been read."""
+        """Logits (B, V) of the token after ids (B, T) int64, which continue what has been read."""
         config, (B, T), start = self.model.config, ids.shape, self.length
         end = start + T
         H, G, D, eps = config.n_head, config.n_kv_head, config.head_dim, config.norm_eps
@@ -907,6 +909,10 @@ def from_huggingface(folder: str | Path) -> GPT:
             raise ValueError(f"{folder}: {name}={described[name]!r}; wanted {plain[0]!r}")
     fields = {ours: described.get(theirs) for ours, theirs in HUGGINGFACE_FIELDS.items()}
     head_dim = fields.pop("head_dim")
+    fields["n_kv_head"] = fields["n_kv_head"] or fields["n_head"]  # left out where they are equal
+    absent = [HUGGINGFACE_FIELDS[ours] for ours, value in fields.items() if value is None]
+    if absent:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(absent)}")
     config = GPTConfig(**fields, qk_norm=kind == "qwen3")
     if head_dim not in (None, config.head_dim):
         raise ValueError(f"{folder}: head_dim={head_dim}; wanted d_model/n_head={config.head_dim}")

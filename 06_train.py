@@ -40,7 +40,8 @@ torch's fast kernels, of embeddings for one, add in no fixed order and two runs 
 Several processes: each takes its share of the rows of a batch, the same batch for any number of
 them, and adds its gradient to the others'. So a run may be resumed with another number: the same
 batches, sums in another order. With the same number it is the same numbers. (On a CPU rows of like
-length share a batch, but not with --compile: a run that changes either goes on with other rows.)
+length share a batch, but not with --compile: a run that is resumed on another type of device, or
+with another --compile, goes on with other rows.)
 Over several machines (torchrun --nnodes) --out and --cache have to be on a disk that all of them
 see. With --shard each holds its part of weights, gradients and moments alone, for a model that no
 GPU holds; a checkpoint is whole either way, so that --resume may go on with --shard or --no-shard.
@@ -53,16 +54,16 @@ CPU preset has beta2 0.98); decay on matrices only: nanoGPT; Muon: see 10_muon.p
 warmup-stable-decay: MiniCPM (Hu et al. 2024, 2404.06395); TinyStories: Eldan & Li 2023
 (2305.07759).
 
-Run: `python 06_train.py` (43 s from start to story on 2 cores of an AMD EPYC (Zen 5), which
+Run: `python 06_train.py` (36 s from start to story on 2 cores of an AMD EPYC (Zen 5), which
 multiplies bfloat16; with --dtype float32 a minute, ending at 0.376) ends with
 
-    val_nats: 0.35858136082163206
+    val_nats: 0.36822941817077154
     floor_nats: 0.2867901733419835
-    val_bpb: 0.14974364918302552
+    val_bpb: 0.15377267989359247
     tokens: 1394936
-    seconds: 37.893256416999066
-    tokens_per_second: 38353.86693166644
-    peak_memory_gb: 0.64864256
+    seconds: 33.31416887300293
+    tokens_per_second: 43535.76526242282
+    peak_memory_gb: 0.478113792
     parameters: 459520
 """
 
@@ -329,8 +330,9 @@ def peak_memory_gb(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Makes glibc keep what is freed: the next step asks for the same again.
 
-    Pages that went back to the system would come again by a page fault each. Of the heap, from
-    which every block now comes, 2 GiB may lie free. In bfloat16 on 2 cores of an AMD EPYC (Zen 5) a
+    Pages that went back to the system would come again by a page fault each. Every block now comes
+    from the heap, at whose end up to 2 GiB may lie free. It holds for the process, to its end. In
+    bfloat16 on 2 cores of an AMD EPYC (Zen 5) a
     step of the 27M model took a tenth less than with this left out. Does nothing without glibc.
     Source: mallopt(3), malloc.h.
     """
@@ -343,9 +345,9 @@ def keep_freed_memory() -> None:
 def leave_out_dynamo() -> None:
     """Keeps torch's optimisers from importing torch._dynamo, of use only to a compiled program.
 
-    They do so at their first call, to be marked as not for it, and that takes 0.8 s and 150 MB. The
-    attribute that is set here says that a method has been marked. (torch 2.13; another may ignore
-    it.)
+    Four of their methods do so when first called, to mark themselves as not to be compiled: 0.8 s
+    and 150 MB. To set the mark here, for the rest of the process, avoids it; they are not compiled
+    in 06 anyway. (torch 2.13; another may ignore it.)
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
@@ -366,12 +368,23 @@ def team_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_team(config: Config) -> None:
+    """Raises: RunError where these processes cannot share such a run."""
+    size = team_size()
+    check(config.batch_size % (config.accumulate * size) == 0, "batch_size",
+          config.batch_size, f"a multiple of accumulate={config.accumulate} times {size} "
+          "processes")  # fmt: skip
+    check(not config.shard or (size > 1 and not config.compile), "shard", config.shard,
+          "torchrun with more than one process, and no --compile; or --no-shard")  # fmt: skip
+
+
 class Team:
     """The processes that train one model together: this one alone, or those of torchrun.
 
-    A batch is the same rows for any number of them, and of those each takes every size-th; the
-    gradients are added up between backward and update. Each holds the whole model (torch's DDP), or
-    its part of every weight, gradient and moment (FSDP), and gathers a layer while it computes it.
+    A batch is the same rows for any number of them, of which process r takes r, r + size, ...; the
+    gradients are averaged in the backward pass, and `Run.backward` makes that a sum. Each holds the
+    whole model (torch's DDP), or its part of every weight, gradient and moment (FSDP), and gathers
+    a layer while it computes it.
     """
 
     def __init__(self, device: torch.device):
@@ -435,8 +448,8 @@ class Team:
         alone = self.size == 1 or self.sharded  # FSDP sees to it by itself
         return module if alone else DistributedDataParallel(module, broadcast_buffers=False)
 
-    def gathering(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
-        """Around a backward pass: whether it gathers the mean, or leaves that to a later one."""
+    def reducing(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+        """Around a backward pass: it averages gradients now, or leaves that to the last one."""
         if now or self.size == 1 or self.sharded:  # FSDP adds up its part alone
             return contextlib.nullcontext()
         return module.no_sync()
@@ -945,7 +958,7 @@ class Run:
         """
         loss, parts = torch.zeros((), device=self.device), self.config.accumulate
         for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts)), 1):
-            with self.team.gathering(self.shared, now=number == parts):
+            with self.team.reducing(self.shared, now=number == parts):
                 part = self.shared(x_part, y_part) / count
                 (part * self.team.size).backward()  # of which the team's mean is the sum of parts
             loss += part.detach()
@@ -1092,11 +1105,7 @@ def train_together(
     """What each process of the team does."""
     started = time.perf_counter()
     dtype, reason = pick_dtype(config.dtype, device)
-    check(config.batch_size % (config.accumulate * team.size) == 0, "batch_size",
-          config.batch_size, f"a multiple of accumulate={config.accumulate} times {team.size} "
-          "processes")  # fmt: skip
-    check(not config.shard or (team.size > 1 and not config.compile), "shard", config.shard,
-          "torchrun with more than one process, and no --compile; or --no-shard")  # fmt: skip
+    check_team(config)
     folder, trunk = Path(config.out), None
     if team.first:
         check_folder(config)
@@ -1273,7 +1282,8 @@ def memory_parts(
     """Bytes that a process holds at the height of a step, by what they are for.
 
     The height is where backward enters the last layer: all activations are there, and of the
-    gradients those that the loss has made. The others come as the activations go. On a CPU the
+    gradients those that the loss has made and, with --accumulate, those of the micro-batches
+    before. The others come as the activations go. On a CPU the
     program comes on top: torch has 0.25 GB. Each of several processes has its share of the rows,
     and with --shard of weights and moments, beside the layer that it gathers and the next.
     """
@@ -1288,6 +1298,8 @@ def memory_parts(
         layer = sum(p.numel() for p in model.blocks[0].parameters())
         gathered = 2 * layer + shape.vocab_size * shape.d_model
         moments, parameters = moments // processes, parameters // processes
+    summed = 4 * parameters * (config.accumulate > 1)  # those of the micro-batches before
+    summed += 4 * parameters * (processes > 1 and not config.shard)  # DDP's, to be sent
     chunk = losses.CHUNK_LOGITS_CPU if device_type == "cpu" else losses.CHUNK_LOGITS
     logits = min(tokens * shape.vocab_size, chunk)
     parts = {
@@ -1296,7 +1308,9 @@ def memory_parts(
         "activations": gpt.activation_bytes(shape, tokens, dtype, fused=device_type == "cuda"),
         "logits": logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize),
         "gradients at the head": 4 * (shape.vocab_size + tokens) * shape.d_model,
-        "backward of an MLP": dtype.itemsize * 5 * tokens * shape.d_mlp,  # five side by side
+        "gradients added up": summed,
+        # of gate|up and silu * up, 3 numbers a channel, and what comes and goes: 5 as measured
+        "backward of an MLP": dtype.itemsize * 5 * tokens * shape.d_mlp,
     }
     if device_type == "cpu":  # where glibc keeps freed blocks, the gradients' too: measured with
         # 4 to 16 rows of the 27M model (of 32 it is 0.2 GB more)
@@ -1359,6 +1373,7 @@ def plan(config: Config) -> None:
         f"{tokens:,} positions at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
+    check_team(config)
     processes = team_size()
     of_each, several, each = "", "", ""
     if processes > 1:

@@ -129,6 +129,19 @@ def test_from_huggingface_names_what_it_cannot_load(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(described | change))
         with pytest.raises(ValueError, match="wanted"):
             gpt.from_huggingface(tmp_path)
+    short = {k: v for k, v in described.items() if k not in ("rope_theta", "hidden_size")}
+    (tmp_path / "config.json").write_text(json.dumps(short))
+    with pytest.raises(ValueError, match="lacks hidden_size, rope_theta"):
+        gpt.from_huggingface(tmp_path)
+
+
+def test_from_huggingface_takes_as_many_key_heads_as_heads_where_nothing_is_said(tmp_path):
+    model = scrambled(dataclasses.replace(SMALL, n_kv_head=SMALL.n_head))
+    gpt.to_huggingface(model, tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert gpt.from_huggingface(tmp_path).config == model.config
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -168,6 +181,18 @@ def test_rms_norm_gradient_matches_its_finite_differences(shape, gain):
     assert torch.autograd.gradcheck(
         lambda x, gain: gpt.rms_norm(x[..., : shape[-1]], gain, 1e-3), (piece, gain)
     )
+
+
+def test_rms_norm_of_bfloat16_has_gradients_that_are_rounded_once():
+    inputs = [torch.randn(300, 65), 1 + torch.randn(65) / 3, torch.randn(300, 65)]
+    x, gain, dy = (a.bfloat16() for a in inputs)
+    got = gradients(
+        lambda *of: gpt.rms_norm(*of, 1e-6), [a.requires_grad_() for a in (x, gain)], dy
+    )
+    wide = [a.detach().double().requires_grad_() for a in (x, gain)]
+    wanted = gradients(lambda x, g: F.rms_norm(x, (65,), g, 1e-6), wide, dy.double())
+    for a, b in zip(got, wanted):
+        assert distance(a, b) < rounding(torch.bfloat16)
 
 
 def plain_normed_linear(x, gain, weight, eps):
