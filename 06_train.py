@@ -31,7 +31,7 @@ the data is one number in it, so a run that was killed and resumed computes the 
 that was not. Its name carries a checksum of its content: a file cut short is recognised and passed
 over. A guard judges each step by its loss and its gradient before the update: a batch that would
 do harm is left out, and where the harm is done already the run goes back to a checkpoint and on
-with the data behind the spike.
+with the data after the spike.
 
 Same numbers: on a CPU, for the same seed, version, number of threads and machine, always. On a GPU
 torch's fast kernels, of embeddings for one, add in no fixed order and two runs part slowly;
@@ -1028,7 +1028,7 @@ class Run:
         return model
 
     def rewind(self) -> None:
-        """Goes back to the newest checkpoint, and on with the data behind the present batch.
+        """Goes back to the newest checkpoint, and on with the data after the present batch.
 
         Where that is the one gone back to the last time, the harm is older than it: it is deleted,
         and the one before it is taken.
