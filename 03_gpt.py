@@ -158,7 +158,7 @@ def activation_bytes(
     C, M, H, G, D = (
         config.d_model, config.d_mlp, config.n_head, config.n_kv_head, config.head_dim
     )  # fmt: skip
-    scales = 2 + fused * (H + G if config.qk_norm else 0)  # rstd of the norms, in float32
+    scales = 2  # rstd of the norms, in float32
     # x_hat of the two norms, what attention gives, gate|up, q|k|v; with kernels silu(gate) * up,
     # and q, k, v apart, beside the projection only for QK-norm's backward
     narrow = 3 * C + 2 * M + fused * M
@@ -269,7 +269,7 @@ class NormedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_hat, rstd, gain, weight)
         ctx.dtype = x.dtype
         scaled = (weight * gain).to(x_hat.dtype)  # (O, C)
-        return F.linear(x_hat, scaled).view(*x.shape[:-1], -1)
+        return F.linear(x_hat, scaled).view(*x.shape[:-1], len(weight))  # (..., O)
 
     @staticmethod
     @once_differentiable
@@ -281,7 +281,7 @@ class NormedLinear(torch.autograd.Function):
         slope = dy @ (weight * gain).to(dy.dtype)  # (N, C)
         mean = (slope * x_hat).mean(-1, keepdim=True, dtype=rstd.dtype)  # (N, 1)
         dx = norm_gradient(slope.to(rstd.dtype), x_hat, mean, rstd)
-        dx = dx.to(ctx.dtype).view(*shape[:-1], -1)  # (..., C)
+        dx = dx.to(ctx.dtype).view(*shape[:-1], len(gain))  # (..., C)
         return dx, d_gain.to(gain.dtype), d_scaled.mul_(gain), None
 
 
@@ -384,8 +384,8 @@ class SelfAttention(torch.autograd.Function):
             last = min(first + size, T)
             rows = slice(first * R, last * R)
             scores = q[:, rows] @ k[:, :last].mT  # (B G, n R, last), n = last - first
-            future = torch.full((last - first,) * 2, -math.inf, dtype=q.dtype).triu_(1)
-            scores[..., first:] += future.repeat_interleave(R, 0)
+            future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
+            scores[..., first:].masked_fill_(future.repeat_interleave(R, 0), -math.inf)
             yield rows, last, torch.softmax(scores, -1)
 
     @staticmethod
@@ -494,15 +494,17 @@ class Attention(nn.Module):
         eps, implementation = self.config.norm_eps, self.config.implementation
         qkv = normed_linear(x, gain, self.qkv.weight, eps, implementation)
         qkv = qkv.unflatten(-1, (H + 2 * G, -1))  # (B, T, H + 2G, D)
-        q_gain = k_gain = per_head = None
+        q_gain = k_gain = None
         if self.config.qk_norm:
             q_gain, k_gain = self.q_norm.weight, self.k_norm.weight  # (D,)
-            per_head = torch.cat((q_gain.expand(H, -1), k_gain.expand(G, -1)))  # (H + G, D)
         if use_triton(implementation, qkv):  # on a GPU
             options = {"q_gain": q_gain, "k_gain": k_gain, "eps": eps, "implementation": "triton"}
             q, k, v = fused_rope(qkv, cos.float(), sin.float(), H, G, **options)
-            y = attention(q, k, v, "triton")
-        elif qkv.device.type == "cpu" and torch.is_grad_enabled():  # training on a CPU
+            return self.out(attention(q, k, v, "triton").flatten(2))  # (B, T, C)
+        per_head = None
+        if self.config.qk_norm:
+            per_head = torch.cat((q_gain.expand(H, -1), k_gain.expand(G, -1)))  # (H + G, D)
+        if qkv.device.type == "cpu" and torch.is_grad_enabled():  # training on a CPU
             y = SelfAttention.apply(qkv, per_head, cos, sin, G, eps)
         else:  # evaluation on a CPU, or a GPU without the kernels
             qk, v = qkv.split((H + G, G), dim=2)

@@ -1314,8 +1314,8 @@ def memory_parts(
     }
     if device_type == "cpu":  # where glibc keeps freed blocks, the gradients' too: measured with
         # 4 to 16 rows of the 27M model (of 32 it is 0.2 GB more)
-        passing = sum(parts.values()) - parts["weights"] - parts["moments"]
-        parts["freed, but kept"] = passing // 4 + 4 * parameters
+        passing = sum(parts.values()) - parts["weights"] - parts["moments"] - summed
+        parts["freed, but kept"] = passing // 4 + 4 * parameters * (config.accumulate == 1)
     return parts
 
 

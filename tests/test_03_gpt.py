@@ -274,6 +274,26 @@ def test_heads_of_bfloat16_are_positioned_in_float32():
     torch.testing.assert_close(found, torch.cat((q, k), dim=2).float(), atol=1e-6, rtol=1e-6)
 
 
+def test_gradient_of_positioned_heads_is_made_in_float32():
+    x, gain = torch.randn(9, 3, 16).bfloat16(), 1 + 0.1 * torch.randn(3, 16).bfloat16()
+    slope, (cos, sin) = torch.randn(9, 3, 16).bfloat16(), gpt.rope_table(9, 16, 100.0)
+    found = gpt.positioned_gradient(slope, x, gain, cos, sin, 1e-6)
+    wide = [a.double().requires_grad_() for a in (x, gain)]
+    y = gpt.rope(F.rms_norm(wide[0], (16,), eps=1e-6) * wide[1], cos, sin)
+    for a, b in zip(found, torch.autograd.grad(y, wide, slope.double())):
+        torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_batch_has_empty_results():
+    for shape in ((0, 5), (2, 0)):
+        x, weight = torch.randn(*shape, 8).requires_grad_(), torch.randn(6, 8, requires_grad=True)
+        y = gpt.normed_linear(x, torch.ones(8), weight, 1e-6)
+        assert y.shape == (*shape, 6)
+        dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+        assert dx.shape == x.shape and not dw.any()
+    assert gpt.GPT(SMALL)(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5, SMALL.vocab_size)
+
+
 @pytest.mark.parametrize("B, T", [(1, 1), (2, 3), (3, 35)])
 def test_self_attention_gradient_matches_its_finite_differences(B, T, monkeypatch):
     qkv, gain = randn64(B, T, 4, 2), randn64(3, 2)
@@ -602,6 +622,13 @@ def test_block_attention_takes_any_layout_and_leaves_it_alone(H, G):
         for a, b in zip(got, attention_in_float64(inputs, dy)):
             assert distance(a, b) < 1e-14
         assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+def test_block_attention_does_not_see_a_future_that_overflows():
+    q, k, v = (torch.ones(1, 4, 1, 64).half() for _ in range(3))
+    q, k[:, 3] = 30 * q, 400
+    y = block_attention(q, k, v)
+    assert torch.equal(y[:, :3], torch.ones(1, 3, 1, 64).half()) and y[:, 3].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
