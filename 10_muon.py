@@ -44,7 +44,7 @@ tokens, one seed ("match_rms_adamw"; AdamW at 6e-3 for the rest):
     AdamW at   3e-3 0.464   6e-3 0.405   1e-2 0.422
 
 (python results/ladder.py --tune --steps 250.) So at 2e-2 no gain is left; at 5e-3 it is beyond the
-noise, after 1100 steps 0.074 beside AdamW's 0.157, means of three seeds, and on real text as well
+noise, after 1100 steps 0.076 beside AdamW's 0.180, means of three seeds, and on real text as well
 (python results/ladder.py). Packed projections (q|k|v, gate|up) split before orthogonalising gave
 0.249 where whole ones gave 0.228 (600 steps at 2e-2, one seed, an earlier state of 03): no gain, so
 they are taken whole.
