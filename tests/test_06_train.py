@@ -537,9 +537,8 @@ def test_each_of_two_processes_holds_half_of_everything(tmp_path):
 
 
 def test_batch_that_two_processes_cannot_share_is_one_line(monkeypatch, capsys, cache, tmp_path):
-    team = train.Team(torch.device("cpu"))
-    team.size = 3
-    config = train.Config(batch_size=4)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    team, config = train.Team(torch.device("cpu")), train.Config(batch_size=4)
     with pytest.raises(train.RunError, match="--batch-size 4: wanted a multiple of .* 3 processes"):
         train.train_together(config, torch.device("cpu"), team, None)
 
