@@ -240,6 +240,7 @@ def pieces(x: Tensor, numbers: int) -> list[slice]:
     """Slices of x's first axis, for what should lie in a CPU's cache from operation to operation.
 
     On a CPU each has at most so many numbers, but at least one row; elsewhere there is one slice.
+    The callers' numbers, 1 to 4 MB, were found by trial on 2 cores of an AMD EPYC (Zen 5).
     """
     rows = len(x)
     if x.device.type == "cpu":
@@ -254,6 +255,7 @@ class NormedLinear(torch.autograd.Function):
         dL/dscaled = dy^T x_hat,   dL/dweight = dL/dscaled * gain,
         dL/dgain = sum over the O rows of dL/dscaled * weight,
         dL/dx_hat = dy @ scaled, and on by `norm_gradient`
+    Shapes: x (..., C), N rows in all; gain (C,); weight (O, C); y (..., O).
     """
 
     @staticmethod
@@ -386,7 +388,7 @@ class SelfAttention(torch.autograd.Function):
             scores = q[:, rows] @ k[:, :last].mT  # (B G, n R, last), n = last - first
             future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
             limit = torch.where(future, -math.inf, math.inf).to(q.dtype).repeat_interleave(R, 0)
-            scores[..., first:].clamp_(max=limit)  # a third of the time that masked_fill_ takes
+            scores[..., first:].clamp_(max=limit)  # masked_fill_ would take longer
             yield rows, last, torch.softmax(scores, -1)
 
     @staticmethod

@@ -364,8 +364,11 @@ def make_deterministic() -> None:
 
 
 def team_size() -> int:
-    """Processes in all, as torchrun says, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Processes in all, as torchrun says, on all machines. Raises: RunError."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise RunError(f"WORLD_SIZE={size}: wanted the number of processes, at least 1")
+    return int(size)
 
 
 def check_team(config: Config) -> None:
@@ -396,6 +399,8 @@ class Team:
 
     def __enter__(self) -> Team:
         if self.size > 1:
+            if "RANK" not in os.environ:
+                raise RunError(f"WORLD_SIZE={self.size}: wanted torchrun, or --plan")
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -1283,9 +1288,9 @@ def memory_parts(
 
     The height is where backward enters the last layer: all activations are there, and of the
     gradients those that the loss has made and, with --accumulate, those of the micro-batches
-    before. The others come as the activations go. On a CPU the
-    program comes on top: torch has 0.25 GB. Each of several processes has its share of the rows,
-    and with --shard of weights and moments, beside the layer that it gathers and the next.
+    before. The others come as the activations go. On a CPU the program comes on top: torch has
+    0.25 GB. Each of several processes has its share of the rows, and with --shard of weights and
+    moments, beside the layer that it gathers and the next.
     """
     shape, parameters, processes = model.config, gpt.parameter_count(model.config), team_size()
     tokens = config.batch_size // config.accumulate // processes * config.seq_len
@@ -1360,6 +1365,7 @@ def plan(config: Config) -> None:
 
     Of several processes, as torchrun or WORLD_SIZE say, without what they send each other.
     """
+    check_team(config)
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
     with torch.device("meta"):  # shapes without numbers
@@ -1373,7 +1379,6 @@ def plan(config: Config) -> None:
         f"{tokens:,} positions at {per_token / 1e6:.1f} MFLOP: {tokens * per_token:.2e} FLOP"
     )
 
-    check_team(config)
     processes = team_size()
     of_each, several, each = "", "", ""
     if processes > 1:

@@ -668,6 +668,25 @@ def test_plan_for_several_processes_divides_rows_and_with_shard_the_model(monkey
         assert float(row[2]) == pytest.approx(0.76, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    "size, more, wanted",
+    [
+        ("eight", ["--plan"], "WORLD_SIZE=eight: wanted"),
+        ("0", ["--plan"], "WORLD_SIZE=0: wanted"),
+        ("3", ["--plan"], "3 processes"),
+        ("1", ["--plan", "--shard"], "--shard True: wanted torchrun"),
+        ("2", [], "WORLD_SIZE=2: wanted torchrun, or --plan"),
+    ],
+)
+def test_wrong_number_of_processes_is_one_line(
+    size, more, wanted, monkeypatch, capsys, cache, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    status, stdout, stderr = run(capsys, cache, tmp_path / "run", *more)
+    assert status == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+    assert "memory " not in stdout and "plan  " not in stdout
+
+
 # figures
 
 
